@@ -1,0 +1,52 @@
+# One way in. `make report` and `make test` build the environment themselves; the rest is for people who stay.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# Big short-lived tensors cost page faults with glibc's defaults; keeping freed memory raised CPU forwards from 580 to 850 tokens/s.
+export MALLOC_MMAP_MAX_ := 0
+export MALLOC_TRIM_THRESHOLD_ := 100000000000
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help env report test test-real lab lint format clean
+
+help:
+	@echo "make report     environment + the quick profile on SmolLM2-135M -> reports/quick/index.html"
+	@echo "make test       environment + the tests (minutes, two cores)"
+	@echo "make test-real  the tests that need the real model"
+	@echo "make lab        JupyterLab on notebooks/"
+	@echo "make lint       ruff: format and rules"
+	@echo "make env        the environment alone (.venv)"
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make env PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(STAMP)
+
+report: env
+	$(BIN)/dynamoe-lab run --profile quick
+
+test: env
+	HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(BIN)/python -m pytest
+
+test-real: env
+	HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(BIN)/python -m pytest -m real
+
+lab: env
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_explore.ipynb
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

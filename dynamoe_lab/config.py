@@ -1,0 +1,183 @@
+"""One experiment as typed dataclasses: load a profile, merge overrides, validate; every field says what it is.
+
+An experiment is `configs/defaults.yaml` (which mirrors the defaults below) plus the differences in a profile (`configs/quick.yaml`) plus
+`key=value` overrides. OmegaConf checks names and types; what it cannot know (ranges) is checked in `__post_init__`. Every mistake becomes
+an `InputError` that names the field.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.models.configuration_dynamoe import DynaMoEConfig
+
+__all__ = ["DataConfig", "EvaluateConfig", "Experiment", "TrainConfig", "load_experiment", "profiles", "project_root"]
+
+
+def _at_least(section: str, values: Any, **minimum: float) -> None:
+    for name, least in minimum.items():
+        value = getattr(values, name)
+        if value is not None and value < least:
+            raise InputError(f"{section}.{name} = {value}: give a number of at least {least}")
+
+
+@dataclass
+class DataConfig:
+    """Text and how much of it. Names joined by '+' are domains, each giving an equal share of the tokens."""
+
+    train: str = "c4+wiki"  # text of the training blocks
+    calibration: str = "c4+wiki"  # text of the calibration pass that orders the neurons
+    heldout: str = "c4+wiki"  # text on which perplexity and routing are measured
+    domains: str = "c4+wiki+code+technical+tiny"  # text on which usage by domain is measured
+    context: int = 256  # tokens per block
+    train_tokens: int = 102_400
+    calibration_tokens: int = 16_384
+    heldout_tokens: int = 16_384
+    domain_tokens: int = 20_480
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, context=2, train_tokens=1, calibration_tokens=1, heldout_tokens=1, domain_tokens=1)
+
+
+@dataclass
+class TrainConfig:
+    """Router training with `transformers.Trainer`; attention, embeddings, norms and head stay frozen (METHODS 1.6)."""
+
+    steps: int = 100  # optimizer steps
+    batch_size: int = 4  # blocks per forward pass and device
+    accumulation: int = 1  # forward passes per optimizer step
+    mlp_lr: float = 2e-4  # AdamW peak learning rate of the MLP weights
+    router_lr: float = 1e-3  # AdamW peak learning rate of the routers
+    weight_decay: float = 0.0
+    warmup_steps: int = 10
+    schedule: str = "cosine"  # a transformers scheduler name
+    max_grad_norm: float = 1.0
+    save_steps: int = 25  # a killed run loses at most this many steps
+    log_steps: int = 10  # a progress line every so many steps; the frame has a row for every step
+    divergence: float = 3.0  # stop when the mean LM loss of 10 steps exceeds this many times that of the first 10; 0: never
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    report_to: list[str] = field(default_factory=list)  # Trainer's trackers by name: tensorboard, wandb, trackio, mlflow
+
+    def __post_init__(self) -> None:
+        _at_least("train", self, steps=1, batch_size=1, accumulation=1, mlp_lr=0, router_lr=0, weight_decay=0, warmup_steps=0)
+        _at_least("train", self, max_grad_norm=0, save_steps=1, log_steps=1, divergence=0)
+
+
+@dataclass
+class EvaluateConfig:
+    """How results are measured."""
+
+    batch_size: int = 8  # blocks per forward pass
+    bootstrap: int = 2_000  # resamples of documents for an interval
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        _at_least("evaluate", self, batch_size=1, bootstrap=100)
+        if not 0 < self.confidence < 1:
+            raise InputError(f"evaluate.confidence = {self.confidence}: give a number between 0 and 1, e.g. 0.95")
+
+
+@dataclass
+class Experiment:
+    """Everything that one run of the notebooks depends on."""
+
+    profile: str = "quick"  # the name it was loaded by
+    model: str = "smollm2-135m"  # an offline asset, a local folder, or a Hub id
+    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    threads: int | None = None  # torch threads; null: what torch chooses
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    dynamoe: DynaMoEConfig = field(default_factory=DynaMoEConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("experiment", self, threads=1)
+
+
+def project_root() -> Path:
+    """The folder that holds `configs/` and `notebooks/`: the working directory or one above it, else the checkout of this package."""
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
+        if (folder / "configs" / "defaults.yaml").is_file():
+            return folder
+    raise InputError("no configs/defaults.yaml in this folder or above it: run inside a checkout of dynamoe-lab")
+
+
+def profiles() -> list[str]:
+    """Names of the profiles in `configs/`, in order."""
+    return sorted(path.stem for path in (project_root() / "configs").glob("*.yaml") if path.stem != "defaults")
+
+
+def field_names(schema: type = Experiment, prefix: str = "") -> list[str]:
+    """All dotted field names of an experiment, e.g. `train.steps`."""
+    names = []
+    for item in fields(schema):
+        nested = item.type if is_dataclass(item.type) else None
+        names += field_names(nested, f"{prefix}{item.name}.") if nested else [prefix + item.name]
+    return names
+
+
+def _profile_path(profile: str) -> Path:
+    path = Path(profile)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise InputError(f"profile {profile}: no such file; give a path to a YAML file or one of {', '.join(profiles())}")
+        return path
+    known = project_root() / "configs" / f"{profile}.yaml"
+    if profile == "defaults" or path.name != profile or not known.is_file():
+        raise InputError(f"unknown profile {profile!r}: choose one of {', '.join(profiles())}, or give a path to a YAML file")
+    return known
+
+
+def load_experiment(profile: str = "quick", overrides: Iterable[str] = ()) -> Experiment:
+    """Resolve defaults < profile < overrides into a validated `Experiment`.
+
+    Args:
+        profile: name of a file in `configs/` or a path to a YAML file of differences.
+        overrides: `key=value` strings with dotted keys, e.g. `"dynamoe.theta=0.8"`.
+
+    Raises:
+        InputError: unknown profile, file that is not YAML, unknown key (with the nearest one), wrong type, impossible value.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged = OmegaConf.structured(Experiment)
+    layers: list[tuple[str, Any]] = []
+    for path in (project_root() / "configs" / "defaults.yaml", _profile_path(profile)):
+        try:
+            layers.append((str(path), OmegaConf.load(path)))
+        except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+            raise InputError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from error
+    for override in overrides:
+        key, equals, _ = str(override).partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"override {override!r}: write key=value, e.g. dynamoe.theta=0.8")
+        try:
+            layers.append((f"override {override!r}", OmegaConf.from_dotlist([str(override)])))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise InputError(f"override {override!r}: the value cannot be read as YAML ({str(error).splitlines()[0]})") from error
+    for origin, layer in layers:
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            key = getattr(error, "full_key", None) or ""
+            near = difflib.get_close_matches(str(key), field_names(), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near and near[0] != key else ""
+            raise InputError(f"{origin}: {str(error).splitlines()[0]} (field {key or '?'}){hint}") from error
+    try:
+        experiment = OmegaConf.to_object(merged)
+    except InputError:
+        raise
+    except (OmegaConfBaseException, ValueError) as error:
+        raise InputError(str(error).splitlines()[0]) from error
+    experiment.profile = Path(profile).stem
+    return experiment

@@ -1,0 +1,6 @@
+"""Dense -> dynamic: calibration statistics, importance, reordering; one file a method."""
+
+from dynamoe_lab.conversion.dynamoe import convert, reorder
+from dynamoe_lab.conversion.statistics import FORMULAS, CalibrationStatistics, calibrate, importance, importance_table
+
+__all__ = ["FORMULAS", "CalibrationStatistics", "calibrate", "convert", "importance", "importance_table", "reorder"]

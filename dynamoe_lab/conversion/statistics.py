@@ -1,0 +1,114 @@
+"""One calibration pass: which neurons matter, by every importance formula at once.
+
+Forward hooks on the down projections of the *dense* model see each neuron's activation h_j and the MLP's output, so all formulas of
+METHODS 1.1 cost one forward. Sums are kept in float64. Position 0 is an attention sink whose activations can be 99.8 % of a layer's squared
+sum; `l2_down_tokennorm` divides a token's activations by the norm of its MLP output first, so that no token speaks for the layer.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dynamoe_lab.data import Blocks, as_blocks
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.models import decoder_layers, family_of
+
+__all__ = ["FORMULAS", "CalibrationStatistics", "calibrate", "importance", "importance_table"]
+
+FORMULAS = ("l2_down", "l2_down_tokennorm", "l2", "abs", "random")
+
+
+@dataclass
+class CalibrationStatistics:
+    """Sums over calibration tokens, each [L, H] float64 on the CPU, and how many tokens they saw."""
+
+    squares: Tensor  # sum_t h_tj^2
+    absolutes: Tensor  # sum_t |h_tj|
+    normalised_squares: Tensor  # sum_t (h_tj / ||MLP(x_t)||)^2
+    down_norms: Tensor  # ||W_down[:, j]||
+    tokens: int
+
+
+@torch.no_grad()
+def calibrate(dense: PreTrainedModel, calibration: Blocks | Tensor, *, batch_size: int = 8) -> CalibrationStatistics:
+    """Run calibration blocks [n, T] through a dense model once and collect activation statistics of every layer's MLP.
+
+    Raises InputError if activations are not finite (a broken checkpoint) or there are no blocks.
+    """
+    blocks = as_blocks(calibration)
+    if len(blocks) == 0:
+        raise InputError("calibration: no blocks of text; ask load_blocks for more tokens")
+    family = family_of(dense.config.model_type)
+    downs = [layer.get_submodule(f"{family.mlp}.{family.down}") for layer in decoder_layers(dense)]
+    shape = (len(downs), downs[0].in_features)
+    squares, absolutes, normalised = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+
+    def hook(layer: int):
+        def accumulate(module, inputs, output):
+            hidden = inputs[0].reshape(-1, shape[1]).float()  # [N, H]
+            norms = output.reshape(-1, output.shape[-1]).float().norm(dim=-1, keepdim=True)  # [N, 1]
+            squared = hidden.square()
+            squares[layer] += squared.sum(0).double().cpu()
+            absolutes[layer] += hidden.abs().sum(0).double().cpu()
+            normalised[layer] += (squared / norms.square().clamp_min(1e-12)).sum(0).double().cpu()
+
+        return accumulate
+
+    was_training = dense.training
+    dense.eval()
+    handles = [down.register_forward_hook(hook(layer)) for layer, down in enumerate(downs)]
+    try:
+        for start in range(0, len(blocks), batch_size):
+            ids = blocks.ids[start : start + batch_size].to(dense.device)
+            dense(input_ids=ids, use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+        dense.train(was_training)
+    if not bool(torch.isfinite(squares).all()):
+        layer = int((~torch.isfinite(squares)).any(dim=1).nonzero()[0])
+        raise InputError(f"calibration: activations of layer {layer} are not finite; check the checkpoint and its dtype")
+    down_norms = torch.stack([down.weight.float().norm(dim=0).double().cpu() for down in downs])
+    return CalibrationStatistics(squares, absolutes, normalised, down_norms, tokens=blocks.ids.numel())
+
+
+def importance(statistics: CalibrationStatistics, formula: str, *, seed: int = 0) -> Tensor:
+    """Importance of every neuron, [L, H] float64, larger matters more (METHODS 1.1).
+
+    `l2_down`: sqrt(sum h_j^2) * ||W_down[:, j]||; `l2_down_tokennorm`: the same with each token's activations divided by the norm of its MLP
+    output; `l2`: sqrt(sum h_j^2); `abs`: sum |h_j|; `random`: uniform numbers from `seed`, the control.
+    """
+    if formula == "l2_down":
+        return statistics.squares.sqrt() * statistics.down_norms
+    if formula == "l2_down_tokennorm":
+        return statistics.normalised_squares.sqrt() * statistics.down_norms
+    if formula == "l2":
+        return statistics.squares.sqrt()
+    if formula == "abs":
+        return statistics.absolutes.clone()
+    if formula == "random":
+        return torch.rand(statistics.squares.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    raise InputError(f"importance {formula!r}: choose one of {', '.join(FORMULAS)}")
+
+
+def importance_table(statistics: CalibrationStatistics, *, formulas: tuple[str, ...] = FORMULAS, seed: int = 0) -> pd.DataFrame:
+    """Importance in order: columns formula, layer, rank (0 = most important neuron of its layer), value."""
+    frames = []
+    for formula in formulas:
+        values = importance(statistics, formula, seed=seed).sort(dim=1, descending=True).values  # [L, H]
+        layers, neurons = values.shape
+        frames.append(
+            pd.DataFrame(
+                {
+                    "formula": formula,
+                    "layer": np.repeat(np.arange(layers), neurons),
+                    "rank": np.tile(np.arange(neurons), layers),
+                    "value": values.flatten().numpy(),
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)

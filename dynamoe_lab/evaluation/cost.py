@@ -1,0 +1,69 @@
+"""Active parameters, exactly: what a token's forward pass touches under a measured routing."""
+
+import pandas as pd
+from transformers import PreTrainedModel
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.models import DynaMoEMixin, NestedMLP, decoder_layers
+
+__all__ = ["count_active_params", "expert_params"]
+
+
+def expert_params(mlp: NestedMLP) -> list[int]:
+    """Parameters of each nested expert of one layer, router aside: rows of the input projections, columns of down, and down's whole bias."""
+    inputs = [linear for linear in (mlp.gate, mlp.up) if linear is not None]
+    per_neuron = sum(linear.in_features + (linear.bias is not None) for linear in inputs) + mlp.down.out_features
+    shared = 0 if mlp.down.bias is None else mlp.down.bias.numel()
+    return [size * per_neuron + shared for size in mlp.sizes]
+
+
+def count_active_params(model: PreTrainedModel, routing: pd.DataFrame, *, run: str = "") -> pd.DataFrame:
+    """Average parameters that a token activates, per layer and for the whole model.
+
+    Args:
+        model: the converted model that `routing` was traced on.
+        routing: table `routing` (columns layer, expert; one row per token and layer).
+
+    Returns:
+        One row per layer and one, layer "all", for the model: run, layer, mlp_active (mean over tokens), mlp_total, active_mlp_fraction, router,
+        other (attention, norms, embeddings; tied embeddings once), active_params, total_params.
+
+    Raises:
+        InputError: `routing` has other layers or experts than the model.
+    """
+    if not isinstance(model, DynaMoEMixin):
+        raise InputError(f"count_active_params: {type(model).__name__} has no experts; convert it first with lab.convert")
+    mlps = model.nested_mlps()
+    usage = routing.groupby(["layer", "expert"], observed=True).size().unstack(fill_value=0)
+    if list(usage.index) != list(range(len(mlps))) or usage.columns.max() >= model.moe.num_experts:
+        raise InputError(f"count_active_params: this routing is not of a model with {len(mlps)} layers and {model.moe.num_experts} experts")
+    nested = {id(parameter) for mlp in mlps for parameter in mlp.parameters()}
+    others = [
+        sum(parameter.numel() for parameter in layer.parameters() if id(parameter) not in nested) for layer in decoder_layers(model)
+    ]
+    rows = []
+    for index, mlp in enumerate(mlps):
+        sizes = expert_params(mlp)
+        counts = usage.loc[index]
+        active = sum(counts.get(expert, 0) * size for expert, size in enumerate(sizes)) / counts.sum()
+        router = sum(parameter.numel() for parameter in mlp.router.parameters())
+        rows.append(_row(run, str(index), active, sizes[-1], router, others[index]))
+    whole = pd.DataFrame(rows)
+    every = sum(parameter.numel() for parameter in model.parameters())  # parameters() yields a tied weight once
+    mlp_total, router = int(whole["mlp_total"].sum()), int(whole["router"].sum())
+    rows.append(_row(run, "all", float(whole["mlp_active"].sum()), mlp_total, router, every - mlp_total - router))
+    return pd.DataFrame(rows)
+
+
+def _row(run: str, layer: str, active: float, mlp_total: int, router: int, other: int) -> dict:
+    return {
+        "run": run,
+        "layer": layer,
+        "mlp_active": active,
+        "mlp_total": mlp_total,
+        "active_mlp_fraction": active / mlp_total,
+        "router": router,
+        "other": other,
+        "active_params": active + router + other,
+        "total_params": mlp_total + router + other,
+    }

@@ -1,0 +1,89 @@
+"""Held-out perplexity, and its ratio to the dense model paired on the same documents.
+
+Two perplexities measured on the same text differ far less from each other than each does from document to document, so the ratio is formed
+document by document and its interval comes from resampling documents, not tokens.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from dynamoe_lab.analysis.statistics import ratio_of_sums
+from dynamoe_lab.data import Blocks, as_blocks
+from dynamoe_lab.errors import InputError
+
+__all__ = ["document_losses", "evaluate_perplexity", "token_surprisal"]
+
+
+def token_surprisal(logits: Tensor, ids: Tensor) -> Tensor:
+    """-ln p(token | the tokens before it in its block), in nats: logits [B, T, V], ids [B, T] -> [B, T] with NaN at position 0."""
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    return torch.cat([losses.new_full((len(ids), 1), float("nan")), losses], dim=1)
+
+
+@torch.no_grad()
+def document_losses(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8) -> pd.DataFrame:
+    """Summed next-token loss of every document: columns document, domain, nll (nats), tokens (predicted ones)."""
+    blocks = as_blocks(blocks)
+    was_training = model.training
+    model.eval()
+    parts = []
+    for start in range(0, len(blocks), batch_size):
+        batch = blocks[start : start + batch_size]
+        ids = batch.ids.to(model.device)
+        losses = token_surprisal(model(input_ids=ids, use_cache=False).logits, ids)[:, 1:].double().cpu()
+        domains = np.repeat(np.asarray(batch.domain, dtype=object), losses.shape[1])
+        parts.append(
+            pd.DataFrame({"document": batch.document[:, 1:].flatten().numpy(), "domain": domains, "nll": losses.flatten().numpy(), "tokens": 1})
+        )
+    model.train(was_training)
+    return pd.concat(parts).groupby(["document", "domain"], as_index=False)[["nll", "tokens"]].sum()
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    blocks: Blocks | Tensor,
+    *,
+    reference: PreTrainedModel | pd.DataFrame | None = None,
+    batch_size: int = 8,
+    bootstrap: int = 2_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    run: str = "",
+) -> pd.DataFrame:
+    """Perplexity of a model under its current routing.
+
+    Args:
+        model: dense or converted.
+        blocks: held-out blocks [n, T].
+        reference: a model (usually the dense parent) or its `document_losses` on the same blocks, for the paired ratio.
+        bootstrap, confidence, seed: resamples of documents and level of the interval.
+
+    Returns:
+        One row: run, documents (n of the interval), tokens, perplexity, reference_perplexity, ratio, low, high. Without a reference the
+        last three describe the perplexity itself (ratio NaN).
+
+    Raises:
+        InputError: the reference was measured on other documents.
+    """
+    own = document_losses(model, blocks, batch_size=batch_size)
+    tokens = int(own["tokens"].sum())
+    row = {"run": run, "documents": len(own), "tokens": tokens, "perplexity": math.exp(own["nll"].sum() / tokens)}
+    if reference is None:
+        interval = ratio_of_sums(own["nll"], own["tokens"], resamples=bootstrap, confidence=confidence, seed=seed)
+        row |= {"reference_perplexity": math.nan, "ratio": math.nan}
+    else:
+        base = reference if isinstance(reference, pd.DataFrame) else document_losses(reference, blocks, batch_size=batch_size)
+        paired = own.merge(base, on="document", suffixes=("", "_reference"))
+        if len(paired) != len(own) or len(base) != len(own) or not (paired["tokens"] == paired["tokens_reference"]).all():
+            raise InputError("evaluate_perplexity: the reference was measured on other documents; measure it on the same blocks")
+        difference = paired["nll"] - paired["nll_reference"]
+        interval = ratio_of_sums(difference, paired["tokens"], resamples=bootstrap, confidence=confidence, seed=seed)
+        row |= {"reference_perplexity": math.exp(base["nll"].sum() / tokens), "ratio": math.exp(interval.value)}
+    row |= {"low": math.exp(interval.low), "high": math.exp(interval.high)}
+    return pd.DataFrame([row])

@@ -1,0 +1,131 @@
+"""What the routers did: one row per token and layer, and how close each prefix comes to the full output.
+
+Both need the labels, so they compute the full MLP beside the chosen prefix; the output stays the chosen prefix's.
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dynamoe_lab.data import Blocks, as_blocks
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.evaluation.perplexity import token_surprisal
+from dynamoe_lab.models import DynaMoEMixin
+
+__all__ = ["expert_similarity", "logit_change", "trace_routing"]
+
+
+def _require_converted(model: PreTrainedModel, name: str) -> None:
+    if not isinstance(model, DynaMoEMixin):
+        raise InputError(f"{name}: {type(model).__name__} has no routers; convert it first with lab.convert")
+
+
+@torch.no_grad()
+def trace_routing(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8, run: str = "") -> pd.DataFrame:
+    """Run blocks [n, T] through a converted model under its current routing.
+
+    Returns:
+        Table `routing`, one row per token and layer: run, domain, document, position (in the block), token_id, layer, label (smallest expert
+        within theta), expert (used), probability (the router's, of the expert used), surprisal (-ln p of the token itself, nats; NaN at
+        position 0).
+    """
+    _require_converted(model, "trace_routing")
+    blocks = as_blocks(blocks)
+    was_training = model.training
+    model.eval()
+    categories = sorted(set(blocks.domain))
+    parts = []
+    for start in range(0, len(blocks), batch_size):
+        batch = blocks[start : start + batch_size]
+        ids = batch.ids.to(model.device)
+        output = model(input_ids=ids, output_router_logits=True, use_cache=False)
+        layers, tokens = len(output.experts), ids.numel()
+        experts = torch.stack(output.experts)  # [L, N]
+        probabilities = torch.stack([logits.float().softmax(-1) for logits in output.router_logits])  # [L, N, E]
+        per_token = {
+            "domain": np.repeat(np.asarray(batch.domain, dtype=object), ids.shape[1]),
+            "document": batch.document.flatten().numpy().astype(np.int32),
+            "position": np.tile(np.arange(ids.shape[1], dtype=np.int32), len(ids)),
+            "token_id": batch.ids.flatten().numpy().astype(np.int32),
+            "surprisal": token_surprisal(output.logits, ids).flatten().float().cpu().numpy(),
+        }
+        frame = pd.DataFrame({name: np.tile(values, layers) for name, values in per_token.items()})
+        frame["domain"] = pd.Categorical(frame["domain"], categories=categories)
+        frame["layer"] = np.repeat(np.arange(layers, dtype=np.int16), tokens)
+        frame["label"] = torch.stack(output.labels).flatten().cpu().numpy().astype(np.int8)
+        frame["expert"] = experts.flatten().cpu().numpy().astype(np.int8)
+        frame["probability"] = probabilities.gather(2, experts[..., None]).flatten().cpu().numpy()
+        parts.append(frame)
+    model.train(was_training)
+    routing = pd.concat(parts, ignore_index=True)
+    routing.insert(0, "run", pd.Categorical([run] * len(routing), categories=[run]))
+    columns = ["run", "domain", "document", "position", "token_id", "layer", "label", "expert", "probability", "surprisal"]
+    return routing[columns]
+
+
+@torch.no_grad()
+def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8, run: str = "") -> pd.DataFrame:
+    """Cosine of every nested expert's output to the full output, by layer, on the inputs that routing "full" (the dense function) gives.
+
+    Returns:
+        run, layer, expert, fraction (of the MLP), mean, q10, q50, q90, n (tokens but position 0), sink_mean (position 0 alone, which is an
+        attention sink in many models).
+    """
+    _require_converted(model, "expert_similarity")
+    blocks = as_blocks(blocks)
+    routing = model.routing.mode, model.routing.expert, model.routing.shares, model.routing.generators
+    was_training = model.training
+    model.eval()
+    model.set_routing("full")
+    collected: list[list[Tensor]] = [[] for _ in model.nested_mlps()]
+    try:
+        for start in range(0, len(blocks), batch_size):
+            ids = blocks.ids[start : start + batch_size].to(model.device)
+            output = model(input_ids=ids, output_router_logits=True, use_cache=False, logits_to_keep=1)
+            for layer, similarities in enumerate(output.similarities):
+                collected[layer].append(similarities.view(*ids.shape, -1).cpu())
+    finally:
+        model.routing.mode, model.routing.expert, model.routing.shares, model.routing.generators = routing
+        model.train(was_training)
+    rows = []
+    for layer, parts in enumerate(collected):
+        values = torch.cat(parts)  # [n, T, E]
+        usual = values[:, 1:].flatten(0, 1).double().numpy()
+        q10, q50, q90 = np.quantile(usual, (0.1, 0.5, 0.9), axis=0)
+        for expert, size in enumerate(model.nested_mlps()[layer].sizes):
+            rows.append(
+                {
+                    "run": run,
+                    "layer": layer,
+                    "expert": expert,
+                    "fraction": size / model.nested_mlps()[layer].sizes[-1],
+                    "mean": usual[:, expert].mean(),
+                    "q10": q10[expert],
+                    "q50": q50[expert],
+                    "q90": q90[expert],
+                    "n": len(usual),
+                    "sink_mean": float(values[:, 0, expert].mean()),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def logit_change(model: PreTrainedModel, reference: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 4) -> pd.DataFrame:
+    """How far a model's logits are from a reference's on the same blocks: one row, columns max_abs, mean_abs, agreement (share of tokens with
+    the same most likely next token), tokens."""
+    blocks = as_blocks(blocks)
+    largest, total, agree, tokens, entries = 0.0, 0.0, 0, 0, 0
+    for start in range(0, len(blocks), batch_size):
+        ids = blocks.ids[start : start + batch_size]
+        ours = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+        theirs = reference(input_ids=ids.to(reference.device), use_cache=False).logits.float().cpu()
+        difference = (ours - theirs).abs()
+        largest = max(largest, float(difference.max()))
+        total += float(difference.double().sum())
+        agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        tokens += ids.numel()
+        entries += difference.numel()
+    return pd.DataFrame([{"max_abs": largest, "mean_abs": total / entries, "agreement": agree / tokens, "tokens": tokens}])

@@ -1,0 +1,53 @@
+"""The README.md inside a converted checkpoint: what it is, where it came from, how to load it; made from its config alone."""
+
+import json
+from typing import Any
+
+__all__ = ["model_card"]
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mixture-of-experts, dynamoe, nested-experts]
+---
+# {name}
+
+A dense language model turned into a token-difficulty-driven mixture of nested experts (DynaMoE, arXiv 2502.12325): in every layer the MLP's
+neurons are ordered by importance, expert *e* is a prefix of them, and a router picks one prefix per token. The weights are those of
+`{base}`, reordered, plus `router.*`; without the routers the file loads as the plain dense family.
+
+| | |
+|---|---|
+| experts, share of the MLP | {experts} |
+| similarity threshold theta of the labels | {theta} |
+| importance that ordered the neurons | `{importance}` over {calibration_tokens} calibration tokens |
+| trained | {trained} |
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)  # or, with dynamoe-lab: import dynamoe_lab.models
+model.set_routing("router")  # or "full" (the dense function), "label", an expert's index, "random"
+```
+
+The resolved configuration (`moe` in config.json):
+
+```json
+{resolved}
+```
+"""
+
+
+def model_card(name: str, config: Any) -> str:
+    """Markdown text for a converted model's `README.md`."""
+    moe = dict(config.moe)
+    trained_tokens = moe.get("trained_tokens", 0)
+    return _CARD.format(
+        name=name,
+        base=moe.get("base") or "an unnamed dense model",
+        experts=", ".join(f"{fraction:.4g}" for fraction in moe["experts"]),
+        theta=moe["theta"],
+        importance=moe["importance"],
+        calibration_tokens=moe.get("calibration_tokens", "?"),
+        trained=f"MLPs and routers on {trained_tokens:,} tokens" if trained_tokens else "no: converted only, its routers are fresh",
+        resolved=json.dumps(moe, indent=2, sort_keys=True),
+    )

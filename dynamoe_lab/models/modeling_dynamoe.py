@@ -1,0 +1,230 @@
+"""`DynaMoE<Family>ForCausalLM`: the family's own class with nested experts for MLPs (arXiv 2502.12325).
+
+A checkpoint is the dense checkpoint, reordered, plus `router.*`; it loads with `AutoModelForCausalLM` after `import dynamoe_lab.models`, or
+with `trust_remote_code=True` where this package is not installed, since these files travel with it.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from .configuration_dynamoe import CONFIG_CLASSES, DynaMoEConfig
+from .families import FAMILIES, Family, decoder_layers
+from .model_card import model_card
+from .nested_mlp import NestedMLP, Routing, labels_from_similarity
+
+__all__ = [
+    "DynaMoECausalLMOutput",
+    "DynaMoELlamaForCausalLM",
+    "DynaMoEMistralForCausalLM",
+    "DynaMoEMixin",
+    "DynaMoEQwen2ForCausalLM",
+    "DynaMoEQwen3ForCausalLM",
+    "MODEL_CLASSES",
+]
+
+
+@dataclass
+class DynaMoECausalLMOutput(MoeCausalLMOutputWithPast):
+    """The transformers MoE output; with `labels` given or `output_router_logits=True` also what each layer did.
+
+    Per-layer tuples run over N = batch * sequence tokens: `router_logits` [N, E], `labels` [N] (difficulty labels, the smallest expert
+    within theta), `experts` [N] (whose output was used), `similarities` [N, E] (cosine of every expert to the full output).
+    `loss` = lambda_lm * `lm_loss` + lambda_router * `router_loss`, each a mean over the batch's own tokens, pads left out.
+    """
+
+    lm_loss: Tensor | None = None
+    router_loss: Tensor | None = None
+    labels: tuple[Tensor, ...] | None = None
+    experts: tuple[Tensor, ...] | None = None
+    similarities: tuple[Tensor, ...] | None = None
+
+
+class DynaMoEMixin:
+    """What all families share; stands before the family's class in the bases."""
+
+    # The loss is a mean per batch, so Trainer has to divide by the accumulation steps itself; otherwise lambda would change with them.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if not config.moe:
+            raise ValueError(f"{type(config).__name__}.moe is empty: convert a dense model, or set moe=DynaMoEConfig(...).to_dict()")
+        self.moe = DynaMoEConfig.from_dict(config.moe)
+        self.routing = Routing()
+        family = FAMILIES[config.model_type.removeprefix("dynamoe_")]
+        for index, layer in enumerate(decoder_layers(self)):
+            dense = getattr(layer, family.mlp)
+            setattr(layer, family.mlp, NestedMLP(dense, family, self.moe, index, self.routing))
+        self.post_init()
+
+    def nested_mlps(self) -> list[NestedMLP]:
+        """The nested MLPs, one a layer, in order."""
+        family = FAMILIES[self.config.model_type.removeprefix("dynamoe_")]
+        return [getattr(layer, family.mlp) for layer in decoder_layers(self)]
+
+    # --- routing ----------------------------------------------------------------------------------------------------------------
+
+    def set_routing(self, mode: str | int = "router", *, shares: Any = None, seed: int = 0) -> None:
+        """Choose who decides a token's expert, in every layer, from the next forward on.
+
+        Args:
+            mode: `"router"`; `"label"` (the oracle: the difficulty label itself, at the cost of the full MLP); `"full"` (the last expert:
+                the dense function); an expert's index; `"random"` (independent draws).
+            shares: for "random": a frame with columns layer, expert, share (a table `expert_usage`), or a tensor [L, E].
+            seed: for "random": draws are taken in the order of the tokens computed since this call, so they depend on the batches.
+
+        Raises:
+            ValueError: unknown mode, index out of range, shares missing or of the wrong shape.
+        """
+        experts = self.moe.num_experts
+        if isinstance(mode, bool) or not isinstance(mode, (str, int)):
+            raise ValueError(f"routing {mode!r}: give router, label, full, random, or an expert's index")
+        if isinstance(mode, int):
+            if not 0 <= mode < experts:
+                raise ValueError(f"routing {mode}: this model has experts 0 to {experts - 1}")
+            self._apply_routing("fixed", expert=mode)
+        elif mode in ("router", "label", "full"):
+            self._apply_routing(mode)
+        elif mode == "random":
+            table = self._share_table(shares)
+            generators = [torch.Generator().manual_seed(1_000_003 * seed + layer) for layer in range(len(table))]
+            self._apply_routing("random", shares=table, generators=generators)
+        else:
+            raise ValueError(f"routing {mode!r}: give router, label, full, random, or an expert's index from 0 to {experts - 1}")
+
+    def _apply_routing(self, mode: str, expert: int = 0, shares: Tensor | None = None, generators: list | None = None) -> None:
+        routing = self.routing  # one object that all layers hold: change it in place
+        routing.mode, routing.expert, routing.shares, routing.generators = mode, expert, shares, generators
+
+    def _share_table(self, shares: Any) -> Tensor:
+        layers, experts = len(self.nested_mlps()), self.moe.num_experts
+        if shares is None:
+            raise ValueError('routing "random" needs shares: a frame with columns layer, expert, share, or a tensor [layers, experts]')
+        if isinstance(shares, Tensor):
+            table = shares.detach().to("cpu", torch.float32)
+        else:
+            table = torch.zeros(layers, experts)
+            for layer, expert, share in zip(shares["layer"], shares["expert"], shares["share"], strict=True):
+                if not (0 <= int(layer) < layers and 0 <= int(expert) < experts):
+                    raise ValueError(f"shares: layer {layer}, expert {expert} is not in a model of {layers} layers and {experts} experts")
+                table[int(layer), int(expert)] += float(share)
+        if table.shape != (layers, experts) or not bool((table >= 0).all()) or not bool((table.sum(1) > 0).all()):
+            raise ValueError(f"shares: need non-negative shares for {layers} layers x {experts} experts with a positive sum in each layer")
+        return table
+
+    def set_theta(self, theta: float) -> None:
+        """Change the similarity threshold of the labels from the next forward on; a router's choice does not depend on it."""
+        values = {**self.moe.to_dict(), "theta": theta}
+        DynaMoEConfig.from_dict(values)  # refuses a theta that cannot be
+        self.moe.theta = float(theta)
+        self.config.moe = {**self.config.moe, "theta": float(theta)}
+
+    def labels_at(self, similarities: Iterable[Tensor], theta: float) -> tuple[Tensor, ...]:
+        """Labels of every layer at another theta from the similarities of one forward: L x [N, E] -> L x [N]."""
+        return tuple(labels_from_similarity(layer, theta) for layer in similarities)
+
+    # --- forward ----------------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> DynaMoECausalLMOutput:
+        """The family's forward; `labels` adds the loss, `output_router_logits=True` the routing of every layer (see the output class).
+
+        Shapes: `input_ids`, `labels` [B, T] with -100 where no loss counts; `attention_mask` [B, T] or [B, past + T], 0 for pads.
+        """
+        collect = labels is not None or bool(output_router_logits)
+        kwargs.pop("return_dict", None)
+        mlps = self.nested_mlps()
+        self.routing.collect = collect
+        try:
+            output = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, return_dict=True, **kwargs)
+            traces = [mlp.trace for mlp in mlps] if collect else []
+        finally:
+            self.routing.collect = False
+            for mlp in mlps:
+                mlp.trace = None
+        result = DynaMoECausalLMOutput(**{name: value for name, value in output.items() if name != "loss"})
+        if collect:
+            result.router_logits = tuple(trace.router_logits for trace in traces)
+            result.labels = tuple(trace.labels for trace in traces)
+            result.experts = tuple(trace.experts for trace in traces)
+            result.similarities = tuple(trace.similarities for trace in traces)
+        if labels is not None:
+            result.lm_loss = output.loss
+            result.router_loss = self._router_loss(result.router_logits, result.labels, attention_mask)
+            result.loss = self.moe.lambda_lm * result.lm_loss + self.moe.lambda_router * result.router_loss
+        return result
+
+    def _router_loss(self, logits: tuple[Tensor, ...], labels: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+        """Cross-entropy of the routers against the labels, mean over layers and over tokens that are no pads (METHODS 1.5)."""
+        counted = token_mask(attention_mask, len(labels[0]))
+        losses = []
+        for layer_logits, layer_labels in zip(logits, labels, strict=True):
+            loss = F.cross_entropy(layer_logits.float(), layer_labels.to(layer_logits.device), reduction="none")
+            if counted is not None:
+                weight = counted.to(loss)
+                losses.append((loss * weight).sum() / weight.sum().clamp_min(1))
+            else:
+                losses.append(loss.mean())
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+    # --- saving -----------------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory, **kwargs: Any) -> None:
+        """As in transformers, safetensors only, with the code that reads it and a model card (an existing README.md is kept)."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if not card.exists():
+            card.write_text(model_card(type(self).__name__, self.config), encoding="utf-8")
+
+
+def token_mask(attention_mask: Tensor | Mapping | None, tokens: int) -> Tensor | None:
+    """Which of the N = B * T tokens of this forward are no pads, [N] bool, or None if all count.
+
+    A mask that also covers cached tokens ([B, past + T]) is cut to its last T columns; masks of other ranks say nothing about pads here.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    length = tokens // attention_mask.shape[0]
+    return attention_mask[:, -length:].reshape(-1).bool()
+
+
+def _moe_model(model_type: str, family: Family) -> type[PreTrainedModel]:
+    name = family.causal_lm.__name__.removesuffix("ForCausalLM")
+    config_class = CONFIG_CLASSES[model_type]
+    namespace = {
+        "__doc__": f"`{family.causal_lm.__name__}` whose MLPs are nested experts with a router.",
+        "__module__": __name__,
+        "__annotations__": {"config": config_class},
+        "config_class": config_class,
+    }
+    return type(f"DynaMoE{name}ForCausalLM", (DynaMoEMixin, family.causal_lm), namespace)
+
+
+DynaMoELlamaForCausalLM = _moe_model("llama", FAMILIES["llama"])
+DynaMoEMistralForCausalLM = _moe_model("mistral", FAMILIES["mistral"])
+DynaMoEQwen2ForCausalLM = _moe_model("qwen2", FAMILIES["qwen2"])
+DynaMoEQwen3ForCausalLM = _moe_model("qwen3", FAMILIES["qwen3"])
+
+MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
+    "llama": DynaMoELlamaForCausalLM,
+    "mistral": DynaMoEMistralForCausalLM,
+    "qwen2": DynaMoEQwen2ForCausalLM,
+    "qwen3": DynaMoEQwen3ForCausalLM,
+}
+for _class in MODEL_CLASSES.values():
+    _class.config_class._auto_class = "AutoConfig"  # save_pretrained copies these files beside the weights
+    _class._auto_class = "AutoModelForCausalLM"

@@ -1,0 +1,165 @@
+"""Training a DynaMoE model: MLPs and routers learn, the rest is frozen (METHODS 1.5, 1.6).
+
+`train` trains in place, writes the result to `output_dir/checkpoint`, and goes on where it was when it is called again with the same inputs.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dynamoe_lab.config import TrainConfig
+from dynamoe_lab.data import Blocks, as_blocks
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.models import DynaMoEMixin, token_mask
+from dynamoe_lab.training.trainer import MethodTrainer, complete_checkpoint
+
+__all__ = ["DynaMoETrainer", "freeze", "routing_metrics", "train"]
+
+
+def freeze(model: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
+    """Leave gradients only to MLP projections and routers; returns the two groups, `mlp` and `router`."""
+    model.requires_grad_(False)
+    groups: dict[str, list[torch.nn.Parameter]] = {"mlp": [], "router": []}
+    for nested in model.nested_mlps():
+        for name, parameter in nested.named_parameters():
+            parameter.requires_grad_(True)
+            groups["router" if name.startswith("router.") else "mlp"].append(parameter)
+    return groups
+
+
+def routing_metrics(model: PreTrainedModel, outputs, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Router accuracy (its argmax against the labels) and active MLP fraction of the experts used, means over layers and tokens but pads."""
+    counted = token_mask(attention_mask, len(outputs.labels[0]))
+    keep = slice(None) if counted is None else counted
+    sizes = torch.tensor(model.nested_mlps()[0].sizes, dtype=torch.float32, device=outputs.experts[0].device)
+    right = [(logits.argmax(-1) == labels)[keep].float().mean() for logits, labels in zip(outputs.router_logits, outputs.labels, strict=True)]
+    active = [(sizes[experts[keep]] / sizes[-1]).mean() for experts in outputs.experts]
+    return {"router_accuracy": torch.stack(right).mean(), "active_mlp_fraction": torch.stack(active).mean()}
+
+
+class DynaMoETrainer(MethodTrainer):
+    """Two parameter groups, and the routing metrics of every step."""
+
+    def parameter_groups(self):
+        groups = {"mlp": [], "router": []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                groups["router" if ".router." in name else "mlp"].append(parameter)
+        return [
+            {"params": groups["mlp"], "lr": self.lab_config.mlp_lr},
+            {"params": groups["router"], "lr": self.lab_config.router_lr},
+        ]
+
+    def batch_metrics(self, inputs, outputs):
+        model = self.accelerator.unwrap_model(self.model)
+        return {
+            "lm_loss": outputs.lm_loss,
+            "router_loss": outputs.router_loss,
+            **routing_metrics(model, outputs, inputs.get("attention_mask")),
+        }
+
+
+def train(
+    model: PreTrainedModel,
+    blocks: Blocks | Tensor,
+    config: TrainConfig | None = None,
+    *,
+    output_dir: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    run: str = "train",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train a converted model in place.
+
+    Args:
+        model: a converted model, see `convert`.
+        blocks: training blocks [n, T]; shuffled by `config.seed`, repeated if `config.steps` asks for more than one epoch.
+        config: see `TrainConfig`.
+        output_dir: where the result (`checkpoint/`, `steps.parquet`) and, until it is finished, the resume files are. A call with the same
+            inputs resumes from the last complete checkpoint to the same weights; a finished folder is read back.
+        tokenizer: saved beside the weights, so that `load_model(output_dir / "checkpoint")` works.
+        run: name in the frame's column `run`.
+        progress: print a line every `config.log_steps` steps.
+
+    Returns:
+        Table `steps`: run, step, tokens, loss, lm_loss, router_loss, router_accuracy, active_mlp_fraction, lr, seconds.
+
+    Raises:
+        InputError: not a converted model, no blocks, or `output_dir` holds another run.
+        TrainingDiverged: the loss is no longer finite or ran away.
+    """
+    config = TrainConfig() if config is None else config
+    blocks = as_blocks(blocks)
+    if not isinstance(model, DynaMoEMixin):
+        raise InputError(f"train: {type(model).__name__} has no routers; convert it first with lab.convert")
+    if len(blocks) == 0:
+        raise InputError("train: no blocks of text; ask load_blocks for more tokens")
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, model, blocks, config)
+    if (folder / "steps.parquet").is_file():
+        return _read_back(model, folder)
+
+    resume = complete_checkpoint(folder / "trainer")
+    if resume is not None and progress:
+        print(f"resuming from {resume.name}", flush=True)
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    use_cache, model.config.use_cache = model.config.use_cache, False  # no one reads a cache in training
+    freeze(model)
+    try:
+        trainer = DynaMoETrainer(model, blocks, config, folder / "trainer", progress=progress)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        model.config.use_cache = use_cache
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(learns[name])
+            parameter.grad = None
+        model.eval()
+    steps = trainer.steps_frame(run)
+    trained = int(steps["tokens"].iloc[-1])
+    model.config.moe = {**model.config.moe, "trained_tokens": model.config.moe.get("trained_tokens", 0) + trained}
+    if trainer.is_world_process_zero():
+        _publish(model, tokenizer, steps, folder)
+    return steps
+
+
+def _claim(folder: Path, model: PreTrainedModel, blocks: Blocks, config: TrainConfig) -> None:
+    """Write down what is trained here, or refuse a folder that holds something else."""
+    inputs = {
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("log_steps", "report_to")},
+        "moe": {name: value for name, value in model.config.moe.items() if name != "trained_tokens"},
+        "blocks": blocks.fingerprint(),
+    }
+    path = folder / "train.json"
+    if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(inputs)):
+        raise InputError(f"train: {folder.name}/ holds a run with other inputs; choose another output_dir or remove it")
+    path.with_suffix(".tmp").write_text(json.dumps(inputs, indent=1, sort_keys=True))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, steps: pd.DataFrame, folder: Path) -> None:
+    """Checkpoint first, the frame last: its presence says that the run is finished."""
+    scratch = folder / "checkpoint.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(scratch)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    os.replace(scratch, folder / "checkpoint")
+    steps.to_parquet(folder / "steps.tmp")
+    os.replace(folder / "steps.tmp", folder / "steps.parquet")
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+
+
+def _read_back(model: PreTrainedModel, folder: Path) -> pd.DataFrame:
+    trained = type(model).from_pretrained(folder / "checkpoint", dtype=model.dtype)
+    model.load_state_dict(trained.state_dict())
+    model.config.moe = trained.config.moe
+    return pd.read_parquet(folder / "steps.parquet")

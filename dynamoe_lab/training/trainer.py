@@ -1,0 +1,216 @@
+"""`transformers.Trainer` with the few things every method here needs: block data, named metrics per step, a guard, and honest resuming.
+
+The metrics of every step go into Trainer's own log history, which its checkpoints hold, so the `steps` frame of a run that was killed and
+resumed is whole. Trainer's resume files (optimizer, random state) stay below `output_dir/trainer` and are removed when training has ended.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from dynamoe_lab.config import TrainConfig
+from dynamoe_lab.data import Blocks
+
+__all__ = ["BlockDataset", "MethodTrainer", "TrainingDiverged", "complete_checkpoint", "training_arguments"]
+
+STEP_COLUMNS = ("step", "tokens", "loss", "lm_loss", "router_loss", "router_accuracy", "active_mlp_fraction", "lr", "seconds")
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became infinite, not a number, or several times what it was; the last good checkpoint is kept."""
+
+
+class BlockDataset(torch.utils.data.Dataset):
+    """Blocks as language-modelling examples: labels are the ids themselves, the model shifts them."""
+
+    def __init__(self, blocks: Blocks):
+        self.ids = blocks.ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def training_arguments(config: TrainConfig, folder: Path, device: str) -> TrainingArguments:
+    """Trainer's arguments for a `TrainConfig`; checkpoints go below `folder`."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.mlp_lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type=config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # the filter hides a loss that is not finite; we stop on it
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=1,  # the older one goes only when the newer one is whole
+        seed=config.seed,
+        data_seed=config.seed,
+        report_to=list(config.report_to) or "none",
+        use_cpu=device == "cpu",
+        disable_tqdm=True,
+        dataloader_pin_memory=device != "cpu",
+        remove_unused_columns=False,
+    )
+
+
+def complete_checkpoint(folder: Path) -> Path | None:
+    """The newest complete Trainer checkpoint below `folder`, or None; incomplete ones are removed with a line each.
+
+    Trainer writes `trainer_state.json` last, so a checkpoint is complete exactly if that file parses.
+    """
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
+            complete.append((step, path))
+        except (OSError, ValueError, KeyError):
+            print(f"removed the incomplete checkpoint {path.name}", flush=True)
+            shutil.rmtree(path, ignore_errors=True)
+    return max(complete)[1] if complete else None
+
+
+class MethodTrainer(Trainer):
+    """Trainer for converted models: a subclass says its parameter groups and its metrics of a batch."""
+
+    def __init__(self, model: torch.nn.Module, blocks: Blocks, config: TrainConfig, folder: Path, *, progress: bool = True):
+        self.lab_config = config
+        self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+        super().__init__(
+            model=model,
+            args=training_arguments(config, folder, str(next(model.parameters()).device.type)),
+            train_dataset=BlockDataset(blocks),
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(_Clock(self))
+        self.add_callback(_Guard(config.divergence))
+        if progress:
+            self.add_callback(_Progress(config.log_steps))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups: dicts with `params` and `lr`. The first group's rate is the `lr` of the steps frame."""
+        raise NotImplementedError
+
+    def batch_metrics(self, inputs: dict[str, torch.Tensor], outputs: Any) -> dict[str, torch.Tensor]:
+        """Scalars of one batch, detached, which the steps frame shows as means over the step."""
+        raise NotImplementedError
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer over the method's parameter groups, each with a learning rate of its own."""
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            groups = [{"weight_decay": self.args.weight_decay, **group} for group in self.parameter_groups()]
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's own loss; keeps the batch's metrics."""
+        outputs = model(**inputs)
+        with torch.no_grad():
+            for name, value in self.batch_metrics(inputs, outputs).items():
+                self._metrics[name].append(value.detach().float())
+        # A per-batch mean: Trainer divides it by the accumulation steps, so that lambda does not change with them.
+        self.loss_is_scaled_for_ga = False
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the step's metrics to Trainer's log entry."""
+        if self._metrics:
+            for name, values in self._metrics.items():
+                mean = torch.stack(values).mean()
+                if self.args.world_size > 1:
+                    mean = self.accelerator.gather(mean.to(self.args.device)).mean()
+                logs[name] = mean.item()
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    def steps_frame(self, run: str) -> pd.DataFrame:
+        """Table `steps` of DESIGN from the log history: one row per optimizer step; seconds and tokens are cumulative."""
+        rows = [entry for entry in self.state.log_history if "lm_loss" in entry or "router_loss" in entry]
+        frame = pd.DataFrame(rows).rename(columns={"learning_rate": "lr"})
+        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        frame["tokens"] = frame["step"] * per_step * self.train_dataset.ids.shape[1]
+        frame["seconds"] = frame["step_seconds"].cumsum()
+        frame = frame[[name for name in STEP_COLUMNS if name in frame]].reset_index(drop=True)
+        frame.insert(0, "run", run)
+        return frame
+
+
+class _Clock(TrainerCallback):
+    """Seconds of each optimizer step, saving aside."""
+
+    def __init__(self, trainer: MethodTrainer):
+        self._metrics = trainer._metrics
+        self._began = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._metrics["step_seconds"] = [torch.tensor(time.perf_counter() - self._began, dtype=torch.float64)]
+
+
+class _Guard(TrainerCallback):
+    """Stops a run whose numbers are no longer numbers, or whose LM loss runs away, before a checkpoint could hold them."""
+
+    def __init__(self, factor: float, window: int = 10):
+        self.factor, self.window = factor, window
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save and not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+            self._stop(state.global_step, "a trained weight is no longer finite", args.output_dir)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = [entry["lm_loss"] for entry in state.log_history if "lm_loss" in entry]
+        if losses and not math.isfinite(losses[-1]):
+            self._stop(state.global_step, f"the loss is {losses[-1]}", args.output_dir)
+        if self.factor and len(losses) >= 2 * self.window:
+            first = sum(losses[: self.window]) / self.window
+            last = sum(losses[-self.window :]) / self.window
+            if last > self.factor * first:
+                self._stop(state.global_step, f"the LM loss rose from {first:.3g} to {last:.3g}", args.output_dir)
+
+    @staticmethod
+    def _stop(step: int, reason: str, folder: str) -> None:
+        last = complete_checkpoint(Path(folder))
+        kept = f"{last.name} is kept" if last is not None else "there is no checkpoint yet"
+        raise TrainingDiverged(f"training stopped at step {step}: {reason}; {kept}; lower train.mlp_lr or train.router_lr and start again")
+
+
+class _Progress(TrainerCallback):
+    """One line every so many steps: where it is, how fast, how well."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "step_seconds" not in logs or (state.global_step % self.every and state.global_step != state.max_steps):
+            return
+        recent = [entry for entry in state.log_history[-self.every :] if "step_seconds" in entry]
+        blocks = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        context = kwargs["train_dataloader"].dataset.ids.shape[1]
+        rate = len(recent) * blocks * context / max(sum(entry["step_seconds"] for entry in recent), 1e-9)
+        remaining = (state.max_steps - state.global_step) * blocks * context / rate
+        shown = {"lm_loss": "LM loss", "router_loss": "router loss", "router_accuracy": "accuracy", "active_mlp_fraction": "active"}
+        metrics = "  ".join(f"{label} {logs[name]:.3f}" for name, label in shown.items() if name in logs)
+        print(
+            f"step {state.global_step}/{state.max_steps}  {metrics}  {rate:,.0f} tokens/s  {remaining:.0f} s left",
+            flush=True,
+        )

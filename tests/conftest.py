@@ -1,0 +1,71 @@
+"""Pico models of every family, random blocks, and a tidy machine: no Hub, no windows, caches in temporary folders."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+PICO = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # large enough that experts differ and labels vary
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def make_dense(family: str = "llama", **changes):
+    """A random dense model of a family, in eval mode, the same for the same arguments."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {**PICO, **({"head_dim": 16} if family == "qwen3" else {}), **changes}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values)).eval()
+
+
+def make_blocks(n: int = 8, context: int = 24, seed: int = 0):
+    """Random token blocks; one document a block, two domains."""
+    import torch
+
+    from dynamoe_lab.data import Blocks
+
+    ids = torch.randint(3, PICO["vocab_size"], (n, context), generator=torch.Generator().manual_seed(seed))
+    document = torch.arange(n)[:, None].expand(n, context).clone()
+    return Blocks(ids, document, ["web" if row % 2 else "code" for row in range(n)])
+
+
+def make_converted(family: str = "llama", experts=(0.25, 0.5, 0.75, 1.0), theta: float = 0.7, dense=None, **changes):
+    """A converted pico model whose routers disagree with each other token by token."""
+    from dynamoe_lab.conversion import convert
+    from dynamoe_lab.models import DynaMoEConfig
+
+    config = DynaMoEConfig(experts=experts, theta=theta, router_hidden_size=16, router_init_std=1.0, **changes)
+    return convert(make_dense(family) if dense is None else dense, config, calibration=make_blocks(seed=7))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def blocks():
+    return make_blocks()
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory, monkeypatch, request):
+    """Tests write to a cache of their own; those that need the real assets share the machine's."""
+    if "real" not in request.keywords and "assets" not in request.keywords:
+        monkeypatch.setenv("DYNAMOE_LAB_HOME", str(tmp_path_factory.mktemp("home")))
