@@ -37,11 +37,13 @@ class CalibrationStatistics:
 def calibrate(dense: PreTrainedModel, calibration: Blocks | Tensor, *, batch_size: int = 8) -> CalibrationStatistics:
     """Run calibration blocks [n, T] through a dense model once and collect activation statistics of every layer's MLP.
 
-    Raises InputError if activations are not finite (a broken checkpoint) or there are no blocks.
+    Raises InputError if activations are not finite (a broken checkpoint), there are no blocks, or the model is converted already.
     """
     blocks = as_blocks(calibration)
     if len(blocks) == 0:
         raise InputError("calibration: no blocks of text; ask load_blocks for more tokens")
+    if getattr(dense.config, "moe", None):
+        raise InputError("calibrate: this model is a converted one already; statistics come from its dense parent")
     family = family_of(dense.config.model_type)
     downs = [layer.get_submodule(f"{family.mlp}.{family.down}") for layer in decoder_layers(dense)]
     shape = (len(downs), downs[0].in_features)

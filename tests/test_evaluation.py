@@ -1,0 +1,168 @@
+"""Numbers a reader relies on, each against a second way of computing it."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_blocks, make_converted, make_dense
+from torch.nn import functional as F
+
+from dynamoe_lab.data import Blocks
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.evaluation import (
+    count_active_params,
+    document_losses,
+    evaluate_perplexity,
+    expert_params,
+    expert_similarity,
+    logit_change,
+    trace_routing,
+)
+
+ROUTING = ["run", "domain", "document", "position", "token_id", "layer", "label", "expert", "probability", "surprisal"]
+
+
+@torch.no_grad()
+def test_perplexity_is_the_exponential_of_the_mean_loss(blocks):
+    dense = make_dense()
+    row = evaluate_perplexity(dense, blocks, batch_size=3).iloc[0]
+    losses = F.cross_entropy(dense(blocks.ids).logits[:, :-1].flatten(0, 1), blocks.ids[:, 1:].flatten())
+    assert row["perplexity"] == pytest.approx(math.exp(float(losses)), rel=1e-5)
+    assert row["tokens"] == blocks.ids[:, 1:].numel()
+    assert row["documents"] == len(blocks)
+    assert row["low"] < row["perplexity"] < row["high"]
+
+
+def test_ratio_is_paired(blocks):
+    dense, model = make_dense(), make_converted()
+    row = evaluate_perplexity(model, blocks, reference=dense).iloc[0]
+    assert row["ratio"] == pytest.approx(row["perplexity"] / row["reference_perplexity"], rel=1e-6)
+    assert row["low"] < row["ratio"] < row["high"]
+    model.set_routing("full")
+    same = evaluate_perplexity(model, blocks, reference=document_losses(dense, blocks)).iloc[0]
+    assert same["ratio"] == pytest.approx(1, abs=1e-5)
+    assert same["high"] - same["low"] < 1e-4, "pairing removes what documents differ by"
+
+
+def test_documents_are_summed_across_blocks():
+    ids = make_blocks(2, 10).ids
+    document = torch.tensor([[0] * 4 + [1] * 6, [1] * 3 + [2] * 7])
+    losses = document_losses(make_dense(), Blocks(ids, document, ["web", "web"]))
+    assert losses["tokens"].tolist() == [3, 8, 7]
+
+
+def test_another_reference_is_refused(blocks):
+    with pytest.raises(InputError, match="same blocks"):
+        evaluate_perplexity(make_converted(), blocks, reference=document_losses(make_dense(), blocks[:4]))
+
+
+@torch.no_grad()
+def test_routing_frame(family, blocks):
+    model = make_converted(family)
+    routing = trace_routing(model, blocks, batch_size=3, run="r")
+    assert list(routing.columns) == ROUTING
+    assert len(routing) == blocks.ids.numel() * 3
+    output = model(blocks.ids, output_router_logits=True)
+    surprisal = -output.logits.log_softmax(-1)[:, :-1].gather(2, blocks.ids[:, 1:, None])[..., 0]
+    for layer in range(3):
+        rows = routing[routing["layer"] == layer].sort_values(["document", "position"])
+        assert np.array_equal(rows["expert"], output.experts[layer].numpy())
+        assert np.array_equal(rows["label"], output.labels[layer].numpy())
+        assert np.array_equal(rows["token_id"], blocks.ids.flatten().numpy())
+        assert np.allclose(rows["probability"], output.router_logits[layer].softmax(-1).max(-1).values, atol=1e-5)
+        shown = rows["surprisal"].to_numpy().reshape(len(blocks), -1)
+        assert np.isnan(shown[:, 0]).all()
+        assert np.allclose(shown[:, 1:], surprisal, atol=1e-3)
+        assert (rows["domain"].astype(str).to_numpy() == np.repeat(blocks.domain, 24)).all()
+
+
+def test_label_routing_uses_the_labels(blocks):
+    model = make_converted()
+    model.set_routing("label")
+    routing = trace_routing(model, blocks)
+    assert (routing["label"] == routing["expert"]).all()
+    assert routing["label"].nunique() > 1
+
+
+def test_active_params_counted_from_tensor_shapes(family, blocks, tmp_path):
+    """A second count: per token, from the shapes of the saved checkpoint, slices named in words."""
+    from safetensors import safe_open
+
+    model = make_converted(family, experts=(0.3, 0.6, 1.0))
+    routing = trace_routing(model, blocks)
+    counted = count_active_params(model, routing, run="r").set_index("layer")
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    width = [round(fraction * 96) for fraction in (0.3, 0.6, 1.0)]
+    total = 0
+    for layer in range(3):
+        experts = routing.loc[routing["layer"] == layer, "expert"].to_numpy()
+        tokens = [2 * width[expert] * 64 + 64 * width[expert] for expert in experts]  # rows of gate and up, columns of down
+        assert counted.loc[str(layer), "mlp_active"] == pytest.approx(np.mean(tokens))
+        total += np.mean(tokens)
+    everything = sum(math.prod(shape) for shape in shapes.values())
+    mlp = sum(math.prod(shape) for name, shape in shapes.items() if ".mlp." in name and ".router." not in name)
+    assert counted.loc["all", "active_params"] == pytest.approx(everything - mlp + total)
+    assert counted.loc["all", "total_params"] == everything
+    assert counted.loc["all", "router"] == 3 * (64 * 16 + 16 * 3)
+    assert counted.loc["all", "active_mlp_fraction"] == pytest.approx(total / mlp)
+
+
+def test_tied_embeddings_count_once(blocks):
+    tied, untied = (make_converted(dense=make_dense(tie_word_embeddings=tie)) for tie in (True, False))
+    counts = [count_active_params(model, trace_routing(model, blocks)).iloc[-1]["total_params"] for model in (tied, untied)]
+    assert counts[1] - counts[0] == 128 * 64
+
+
+def test_biases_count(blocks):
+    model = make_converted(dense=make_dense(mlp_bias=True))
+    mlp = model.nested_mlps()[0]
+    assert expert_params(mlp)[0] == 24 * (64 + 1) * 2 + 64 * 24 + 64
+    model.set_routing("full")
+    dense = make_dense(mlp_bias=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(blocks.ids).logits, dense(blocks.ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_routing_of_another_model_is_refused(blocks):
+    routing = trace_routing(make_converted(), blocks)
+    with pytest.raises(InputError, match="not of a model"):
+        count_active_params(make_converted(experts=(0.5, 1.0)), routing)
+    with pytest.raises(InputError, match="no routers"):
+        trace_routing(make_dense(), blocks)
+
+
+def test_expert_similarity(blocks):
+    model = make_converted()
+    model.set_routing(1)
+    frame = expert_similarity(model, blocks, batch_size=3)
+    assert model.routing.mode == "fixed"
+    assert model.routing.expert == 1
+    last = frame[frame["expert"] == 3]
+    assert np.allclose(last[["mean", "q10", "q50", "q90", "sink_mean"]], 1)
+    assert (frame["q10"] <= frame["q50"]).all()
+    assert (frame["q50"] <= frame["q90"]).all()
+    assert frame["n"].unique().tolist() == [8 * 23]
+    model.set_routing("full")
+    with torch.no_grad():
+        similarities = model(blocks.ids, output_router_logits=True).similarities[2].view(8, 24, 4)
+    row = frame[(frame["layer"] == 2) & (frame["expert"] == 0)].iloc[0]
+    assert row["mean"] == pytest.approx(float(similarities[:, 1:, 0].mean()), abs=1e-5)
+    assert row["sink_mean"] == pytest.approx(float(similarities[:, 0, 0].mean()), abs=1e-5)
+
+
+def test_logit_change(blocks):
+    dense, model = make_dense(), make_converted()
+    model.set_routing("full")
+    small = logit_change(model, dense, blocks).iloc[0]
+    assert small["max_abs"] < 1e-4
+    assert small["agreement"] == 1
+    model.set_routing(0)
+    assert logit_change(model, dense, blocks).iloc[0]["max_abs"] > 0.01
+
+
+def test_traces_are_frames_of_plain_types(blocks):
+    assert isinstance(trace_routing(make_converted(), blocks), pd.DataFrame)

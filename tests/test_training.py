@@ -1,0 +1,207 @@
+"""Training: what learns and what does not, the steps frame, resuming to the same weights, stopping when numbers break."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import make_blocks, make_converted, make_dense
+
+from dynamoe_lab.config import TrainConfig
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.training import TrainingDiverged, train
+
+CONFIG = TrainConfig(steps=6, batch_size=2, save_steps=2, warmup_steps=1, mlp_lr=1e-3, router_lr=1e-2)
+COLUMNS = ["run", "step", "tokens", "loss", "lm_loss", "router_loss", "router_accuracy", "active_mlp_fraction", "lr", "seconds"]
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_only_mlps_and_routers_learn(family, tmp_path):
+    model = make_converted(family)
+    before = weights(model)
+    train(model, make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+    learnable = {name for name in before if ".mlp." in name}
+    assert changed == learnable
+    assert all(p.requires_grad for p in model.parameters()), "training gives back the flags it found"
+    assert not model.training
+    assert model.config.use_cache
+
+
+def test_steps_frame(tmp_path):
+    steps = train(make_converted(), make_blocks(16), CONFIG, output_dir=tmp_path, run="here", progress=False)
+    assert list(steps.columns) == COLUMNS
+    assert steps["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert steps["tokens"].tolist() == [2 * 24 * step for step in range(1, 7)]
+    assert steps["run"].unique().tolist() == ["here"]
+    assert steps["router_accuracy"].between(0, 1).all()
+    assert steps["active_mlp_fraction"].between(0.25, 1).all()
+    assert steps["seconds"].is_monotonic_increasing
+    assert (steps["loss"] - (0.2 * steps["lm_loss"] + steps["router_loss"])).abs().max() < 1e-4
+
+
+def test_the_router_learns_its_labels(tmp_path):
+    config = TrainConfig(steps=60, batch_size=8, save_steps=100, warmup_steps=2, mlp_lr=0.0, router_lr=2e-2)
+    model = make_converted(lambda_lm=0.0)
+    steps = train(model, make_blocks(8), config, output_dir=tmp_path, progress=False)
+    first, last = steps["router_accuracy"].iloc[:5].mean(), steps["router_accuracy"].iloc[-5:].mean()
+    assert last > first + 0.2
+
+
+def test_rates_are_separate(tmp_path):
+    model = make_converted()
+    before = weights(model)
+    config = TrainConfig(steps=2, batch_size=2, warmup_steps=0, mlp_lr=0.0, router_lr=1e-2)
+    train(model, make_blocks(8), config, output_dir=tmp_path, progress=False)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed
+    assert all(".router." in name for name in changed)
+
+
+def test_accumulated_steps_equal_one_batch_through_trainer(tmp_path):
+    """4 x 2 accumulated and 1 x 8 give the same step: loss and weights."""
+    results = []
+    for name, batch, accumulation in (("whole", 8, 1), ("parts", 2, 4)):
+        model = make_converted()
+        config = TrainConfig(steps=1, batch_size=batch, accumulation=accumulation, warmup_steps=0, mlp_lr=1e-3, router_lr=1e-3)
+        steps = train(model, make_blocks(8), config, output_dir=tmp_path / name, progress=False)
+        results.append((steps.drop(columns="seconds"), weights(model)))
+    (whole_steps, whole), (parts_steps, parts) = results
+    pd.testing.assert_frame_equal(whole_steps, parts_steps, rtol=1e-4)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=2e-4, rtol=1e-3)
+
+
+def test_finished_folder_is_read_back(tmp_path):
+    model = make_converted()
+    steps = train(model, make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+    again = make_converted()
+    pd.testing.assert_frame_equal(train(again, make_blocks(16), CONFIG, output_dir=tmp_path, progress=False), steps)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in weights(model).items())
+    assert again.config.moe == model.config.moe
+    assert again.config.moe["trained_tokens"] == 6 * 2 * 24
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "steps.parquet", "train.json"]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    train(make_converted(), make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+    with pytest.raises(InputError, match="other inputs"):
+        train(make_converted(theta=0.5), make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+    with pytest.raises(InputError, match="other inputs"):
+        train(make_converted(), make_blocks(16, seed=9), CONFIG, output_dir=tmp_path, progress=False)
+
+
+def test_bad_inputs(tmp_path):
+    with pytest.raises(InputError, match="no routers"):
+        train(make_dense(), make_blocks(), CONFIG, output_dir=tmp_path)
+    with pytest.raises(InputError, match="no blocks"):
+        train(make_converted(), torch.zeros(0, 8, dtype=torch.long), CONFIG, output_dir=tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    from dynamoe_lab.training import dynamoe
+
+    original = dynamoe.DynaMoETrainer.compute_loss
+
+    def breaks_at_step_four(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == 3:
+            self._metrics["lm_loss"] = [torch.tensor(float("nan"))]
+        return loss
+
+    monkeypatch.setattr(dynamoe.DynaMoETrainer, "compute_loss", breaks_at_step_four)
+    with pytest.raises(TrainingDiverged, match=r"step 4.*nan.*checkpoint-2 is kept.*lower train.mlp_lr"):
+        train(make_converted(), make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+    assert [path.name for path in (tmp_path / "trainer").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path, monkeypatch):
+    from dynamoe_lab.training import dynamoe
+
+    original = dynamoe.DynaMoETrainer.compute_loss
+
+    def spoils_a_weight(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == 3:
+            with torch.no_grad():
+                model.nested_mlps()[0].router[0].weight[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(dynamoe.DynaMoETrainer, "compute_loss", spoils_a_weight)
+    with pytest.raises(TrainingDiverged, match="checkpoint-2 is kept"):
+        train(make_converted(), make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+
+
+def test_a_runaway_loss_stops(tmp_path, monkeypatch):
+    from dynamoe_lab.training import dynamoe
+
+    original = dynamoe.DynaMoETrainer.compute_loss
+
+    def rises(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        self._metrics["lm_loss"] = [torch.tensor(1.0 + 0.2 * self.state.global_step)]
+        return loss
+
+    monkeypatch.setattr(dynamoe.DynaMoETrainer, "compute_loss", rises)
+    config = TrainConfig(steps=60, batch_size=2, divergence=2.5)
+    with pytest.raises(TrainingDiverged, match=r"step 25: the LM loss rose from 1.9 to 4.9"):
+        train(make_converted(), make_blocks(16), config, output_dir=tmp_path, progress=False)
+
+
+def test_progress_lines(tmp_path, capsys):
+    train(make_converted(), make_blocks(16), TrainConfig(steps=4, batch_size=2, log_steps=2, warmup_steps=0), output_dir=tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split()[1] for line in lines] == ["2/4", "4/4"]
+    assert all(word in lines[-1] for word in ("LM loss", "accuracy", "active", "tokens/s"))
+
+
+def test_incomplete_checkpoints_are_not_resumed(tmp_path, capsys):
+    broken = tmp_path / "trainer" / "checkpoint-5"
+    broken.mkdir(parents=True)
+    (broken / "trainer_state.json").write_text('{"global_step": 5, ')
+    steps = train(make_converted(), make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+    assert len(steps) == 6
+    assert "removed the incomplete checkpoint checkpoint-5" in capsys.readouterr().out
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from conftest import make_blocks, make_converted
+from dynamoe_lab.config import TrainConfig
+from dynamoe_lab.training import train
+config = TrainConfig(steps=40, batch_size=2, save_steps=3, log_steps=1, warmup_steps=1, mlp_lr=1e-3, router_lr=1e-2)
+train(make_converted(), make_blocks(32), config, output_dir=sys.argv[1])
+"""
+
+
+def test_killed_three_times_ends_in_the_same_weights(tmp_path):
+    """kill -9 at three moments of training; the same call finishes, bit for bit as if nothing had happened."""
+    command = [sys.executable, "-c", PROGRAM.format(tests=str(Path(__file__).parent))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
+    for wanted in (4, 11, 27):  # lines of progress to wait for before the kill
+        with subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= wanted:
+                    time.sleep(0.02)
+                    process.send_signal(signal.SIGKILL)
+                    break
+        assert process.returncode == -signal.SIGKILL
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment, capture_output=True)
+    whole, killed = (tmp_path / name / "checkpoint" / "model.safetensors" for name in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+    frames = [pd.read_parquet(tmp_path / name / "steps.parquet").drop(columns="seconds") for name in ("whole", "killed")]
+    pd.testing.assert_frame_equal(*frames)
+    assert json.loads((tmp_path / "killed" / "checkpoint" / "config.json").read_text())["moe"]["trained_tokens"] == 40 * 2 * 24
