@@ -46,7 +46,10 @@ def test_token_normalising_tames_an_attention_sink(blocks):
     statistics.squares[0] += spike
     statistics.normalised_squares[0] += spike / spike.sum()  # its normalised activations have a bounded sum
     assert importance(statistics, "l2_down")[0].argmax() == 5
-    assert importance(statistics, "l2_down_tokennorm")[0].argmax() == importance(calibrate(make_dense(), blocks), "l2_down_tokennorm")[0].argmax()
+    assert (
+        importance(statistics, "l2_down_tokennorm")[0].argmax()
+        == importance(calibrate(make_dense(), blocks), "l2_down_tokennorm")[0].argmax()
+    )
 
 
 def test_random_importance_is_seeded(blocks):
@@ -156,7 +159,11 @@ def test_paper_numbers_for_mistral_7b():
     from dynamoe_lab.evaluation import expert_params
     from dynamoe_lab.models import CONFIG_CLASSES, MODEL_CLASSES
 
-    values = {name: value for name, value in MistralConfig(vocab_size=32768).to_dict().items() if name not in ("model_type", "transformers_version")}
+    values = {
+        name: value
+        for name, value in MistralConfig(vocab_size=32768).to_dict().items()
+        if name not in ("model_type", "transformers_version")
+    }
     with torch.device("meta"):
         model = MODEL_CLASSES["mistral"](CONFIG_CLASSES["mistral"](**values, moe=DynaMoEConfig().to_dict()))
     mlps = model.nested_mlps()

@@ -31,7 +31,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(blocks):
     losses = F.cross_entropy(dense(blocks.ids).logits[:, :-1].flatten(0, 1), blocks.ids[:, 1:].flatten())
     assert row["perplexity"] == pytest.approx(math.exp(float(losses)), rel=1e-5)
     assert row["tokens"] == blocks.ids[:, 1:].numel()
-    assert row["documents"] == len(blocks)
+    assert row["n"] == len(blocks)
     assert row["low"] < row["perplexity"] < row["high"]
 
 
@@ -160,6 +160,8 @@ def test_logit_change(blocks):
     small = logit_change(model, dense, blocks).iloc[0]
     assert small["max_abs"] < 1e-4
     assert small["agreement"] == 1
+    with torch.no_grad():
+        assert small["logit_scale"] == pytest.approx(float(dense(blocks.ids).logits.std()), rel=1e-3)
     model.set_routing(0)
     assert logit_change(model, dense, blocks).iloc[0]["max_abs"] > 0.01
 

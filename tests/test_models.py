@@ -306,7 +306,11 @@ def test_without_routers_it_is_a_plain_dense_checkpoint(family, blocks, tmp_path
     weights = load_file(tmp_path / "moe" / "model.safetensors")
     dense = make_dense(family)
     (tmp_path / "plain").mkdir()
-    save_file({name: value for name, value in weights.items() if ".router." not in name}, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value for name, value in weights.items() if ".router." not in name},
+        tmp_path / "plain" / "model.safetensors",
+        {"format": "pt"},
+    )
     dense.config.save_pretrained(tmp_path / "plain")
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
     assert type(plain) is family_of(family).causal_lm

@@ -2,7 +2,7 @@
 
 from dynamoe_lab.evaluation.cost import count_active_params, expert_params
 from dynamoe_lab.evaluation.perplexity import document_losses, evaluate_perplexity
-from dynamoe_lab.evaluation.routing import expert_similarity, logit_change, trace_routing
+from dynamoe_lab.evaluation.routing import expert_similarity, logit_change, trace_routing, trace_text
 
 __all__ = [
     "count_active_params",
@@ -12,4 +12,5 @@ __all__ = [
     "expert_similarity",
     "logit_change",
     "trace_routing",
+    "trace_text",
 ]

@@ -38,9 +38,7 @@ def count_active_params(model: PreTrainedModel, routing: pd.DataFrame, *, run: s
     if list(usage.index) != list(range(len(mlps))) or usage.columns.max() >= model.moe.num_experts:
         raise InputError(f"count_active_params: this routing is not of a model with {len(mlps)} layers and {model.moe.num_experts} experts")
     nested = {id(parameter) for mlp in mlps for parameter in mlp.parameters()}
-    others = [
-        sum(parameter.numel() for parameter in layer.parameters() if id(parameter) not in nested) for layer in decoder_layers(model)
-    ]
+    others = [sum(parameter.numel() for parameter in layer.parameters() if id(parameter) not in nested) for layer in decoder_layers(model)]
     rows = []
     for index, mlp in enumerate(mlps):
         sizes = expert_params(mlp)

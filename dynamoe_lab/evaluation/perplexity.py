@@ -39,7 +39,9 @@ def document_losses(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_si
         losses = token_surprisal(model(input_ids=ids, use_cache=False).logits, ids)[:, 1:].double().cpu()
         domains = np.repeat(np.asarray(batch.domain, dtype=object), losses.shape[1])
         parts.append(
-            pd.DataFrame({"document": batch.document[:, 1:].flatten().numpy(), "domain": domains, "nll": losses.flatten().numpy(), "tokens": 1})
+            pd.DataFrame(
+                {"document": batch.document[:, 1:].flatten().numpy(), "domain": domains, "nll": losses.flatten().numpy(), "tokens": 1}
+            )
         )
     model.train(was_training)
     return pd.concat(parts).groupby(["document", "domain"], as_index=False)[["nll", "tokens"]].sum()
@@ -65,7 +67,7 @@ def evaluate_perplexity(
         bootstrap, confidence, seed: resamples of documents and level of the interval.
 
     Returns:
-        One row: run, documents (n of the interval), tokens, perplexity, reference_perplexity, ratio, low, high. Without a reference the
+        One row: run, n (documents resampled for the interval), tokens, perplexity, reference_perplexity, ratio, low, high. Without a reference the
         last three describe the perplexity itself (ratio NaN).
 
     Raises:
@@ -73,7 +75,7 @@ def evaluate_perplexity(
     """
     own = document_losses(model, blocks, batch_size=batch_size)
     tokens = int(own["tokens"].sum())
-    row = {"run": run, "documents": len(own), "tokens": tokens, "perplexity": math.exp(own["nll"].sum() / tokens)}
+    row = {"run": run, "n": len(own), "tokens": tokens, "perplexity": math.exp(own["nll"].sum() / tokens)}
     if reference is None:
         interval = ratio_of_sums(own["nll"], own["tokens"], resamples=bootstrap, confidence=confidence, seed=seed)
         row |= {"reference_perplexity": math.nan, "ratio": math.nan}

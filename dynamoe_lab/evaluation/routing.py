@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynamoe_lab.data import Blocks, as_blocks
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation.perplexity import token_surprisal
 from dynamoe_lab.models import DynaMoEMixin
 
-__all__ = ["expert_similarity", "logit_change", "trace_routing"]
+__all__ = ["expert_similarity", "logit_change", "trace_routing", "trace_text"]
 
 
 def _require_converted(model: PreTrainedModel, name: str) -> None:
@@ -63,6 +63,25 @@ def trace_routing(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size
     routing.insert(0, "run", pd.Categorical([run] * len(routing), categories=[run]))
     columns = ["run", "domain", "document", "position", "token_id", "layer", "label", "expert", "probability", "surprisal"]
     return routing[columns]
+
+
+def trace_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, max_tokens: int = 2_048, run: str = ""
+) -> pd.DataFrame:
+    """`trace_routing` of one text of your own, with a column `token`: the piece of the text each token stands for.
+
+    Raises InputError if the text is empty or longer than `max_tokens` tokens.
+    """
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    ids = encoded["input_ids"]
+    if not ids:
+        raise InputError("trace_text: the text is empty; write a sentence")
+    if len(ids) > max_tokens:
+        raise InputError(f"trace_text: the text has {len(ids)} tokens, more than max_tokens = {max_tokens}; shorten it")
+    routing = trace_routing(model, torch.tensor([ids]), run=run)
+    pieces = [text[start:end] for start, end in encoded["offset_mapping"]]
+    routing.insert(4, "token", np.asarray(pieces, dtype=object)[routing["position"]])
+    return routing
 
 
 @torch.no_grad()
@@ -114,10 +133,14 @@ def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_
 
 @torch.no_grad()
 def logit_change(model: PreTrainedModel, reference: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 4) -> pd.DataFrame:
-    """How far a model's logits are from a reference's on the same blocks: one row, columns max_abs, mean_abs, agreement (share of tokens with
-    the same most likely next token), tokens."""
+    """How far a model's logits are from a reference's on the same blocks.
+
+    Returns:
+        One row: tokens, max_abs, mean_abs (of |model - reference|), logit_scale (standard deviation of the reference's
+        logits), agreement (share of tokens with the same most likely next token).
+    """
     blocks = as_blocks(blocks)
-    largest, total, agree, tokens, entries = 0.0, 0.0, 0, 0, 0
+    largest, total, squares, sums, agree, tokens, entries = 0.0, 0.0, 0.0, 0.0, 0, 0, 0
     for start in range(0, len(blocks), batch_size):
         ids = blocks.ids[start : start + batch_size]
         ours = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
@@ -125,7 +148,11 @@ def logit_change(model: PreTrainedModel, reference: PreTrainedModel, blocks: Blo
         difference = (ours - theirs).abs()
         largest = max(largest, float(difference.max()))
         total += float(difference.double().sum())
+        squares += float(theirs.double().square().sum())
+        sums += float(theirs.double().sum())
         agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         tokens += ids.numel()
         entries += difference.numel()
-    return pd.DataFrame([{"max_abs": largest, "mean_abs": total / entries, "agreement": agree / tokens, "tokens": tokens}])
+    scale = (squares / entries - (sums / entries) ** 2) ** 0.5
+    row = {"tokens": tokens, "max_abs": largest, "mean_abs": total / entries, "logit_scale": scale}
+    return pd.DataFrame([{**row, "agreement": agree / tokens}])

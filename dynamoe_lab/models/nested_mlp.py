@@ -66,8 +66,7 @@ def nested_similarity(products: list[Tensor], bias: Tensor | None = None) -> Ten
     full = running[-1]
     full_norm = full.norm(dim=-1)
     columns = [
-        (output * full).sum(-1) / (output.norm(dim=-1) * full_norm).clamp_min(torch.finfo(torch.float32).tiny)
-        for output in running[:-1]
+        (output * full).sum(-1) / (output.norm(dim=-1) * full_norm).clamp_min(torch.finfo(torch.float32).tiny) for output in running[:-1]
     ]
     return torch.stack([*columns, torch.ones_like(full_norm)], dim=-1)
 

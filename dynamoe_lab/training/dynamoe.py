@@ -39,7 +39,9 @@ def routing_metrics(model: PreTrainedModel, outputs, attention_mask: Tensor | No
     counted = token_mask(attention_mask, len(outputs.labels[0]))
     keep = slice(None) if counted is None else counted
     sizes = torch.tensor(model.nested_mlps()[0].sizes, dtype=torch.float32, device=outputs.experts[0].device)
-    right = [(logits.argmax(-1) == labels)[keep].float().mean() for logits, labels in zip(outputs.router_logits, outputs.labels, strict=True)]
+    right = [
+        (logits.argmax(-1) == labels)[keep].float().mean() for logits, labels in zip(outputs.router_logits, outputs.labels, strict=True)
+    ]
     active = [(sizes[experts[keep]] / sizes[-1]).mean() for experts in outputs.experts]
     return {"router_accuracy": torch.stack(right).mean(), "active_mlp_fraction": torch.stack(active).mean()}
 
