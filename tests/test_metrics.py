@@ -173,7 +173,7 @@ class TestChance:
                 share = others["label"].value_counts(normalize=True)
                 for token, label in zip(held_out["token_id"], held_out["label"], strict=True):
                     seen = others.loc[others["token_id"] == token, "label"].value_counts()
-                    right += max(range(4), key=lambda c: (seen.get(c, 0), share.get(c, 0))) == label  # noqa: B023
+                    right += max(range(4), key=lambda c: (seen.get(c, 0), share.get(c, 0))) == label
             assert the_row(chance, layer)["token_id"] == pytest.approx(right / len(part))
 
     def test_one_document_has_no_interval_and_no_token_id(self):

@@ -1,0 +1,108 @@
+"""Who does the work: the share of tokens each expert takes, how evenly, and how much of the MLP that runs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from dynamoe_lab.analysis.frames import ALL, require, whole_numbers
+from dynamoe_lab.analysis.metrics.tally import layer_names, tallies, with_all
+from dynamoe_lab.analysis.statistics import bootstrap_sums
+from dynamoe_lab.errors import InputError
+
+__all__ = ["active_fraction", "expert_usage", "usage_summary"]
+
+
+def expert_usage(routing: pd.DataFrame, *, theta: float, by_domain: bool = False, experts: int | None = None) -> pd.DataFrame:
+    """The share of each layer's tokens that each expert took.
+
+    Args:
+        routing: the frame `routing`.
+        theta: threshold it was made with; copied into the result.
+        by_domain: a set of rows per domain; else all domains together, domain "all".
+        experts: number of experts; None: the highest label or expert in the frame.
+
+    Returns:
+        run, theta, domain, layer, expert, share, tokens: one row per layer and expert, unused experts
+            included with 0.
+    """
+    parts = []
+    for tally in tallies(routing, experts, "expert_usage", by_domain=by_domain):
+        tokens = tally.joint.sum(axis=(0, 2))  # (L, E)
+        index = pd.MultiIndex.from_product([tally.layers, range(tokens.shape[1])], names=["layer", "expert"])
+        columns = {"run": tally.run, "theta": theta, "domain": tally.domain}
+        frame = pd.DataFrame(columns, index=index).reset_index()
+        frame["share"] = (tokens / tokens.sum(axis=1, keepdims=True)).ravel()
+        frame["tokens"] = tokens.ravel()
+        parts.append(frame[["run", "theta", "domain", "layer", "expert", "share", "tokens"]])
+    return pd.concat(parts, ignore_index=True)
+
+
+def usage_summary(usage: pd.DataFrame, *, fractions: Sequence[float]) -> pd.DataFrame:
+    """How evenly and how much each layer works, from shares of experts.
+
+    Args:
+        usage: layer, expert, share and any columns that name the case (run, theta, domain; or lambda_router,
+            seed); tokens if known.
+        fractions: [E] share of the MLP that each expert runs.
+
+    Returns:
+        The case's columns, layer, entropy_bits (of the shares, 0 to log2 E), active_fraction (share of the
+        layer's MLP run, mean over tokens), tokens if known. Layer "all": the mean over layers.
+    """
+    require(usage, ("layer", "expert", "share"), "usage_summary")
+    expert = whole_numbers(usage["expert"], "usage_summary")
+    if expert.max() >= len(fractions):
+        raise InputError(f"usage_summary: the frame has expert {expert.max()}, but there are {len(fractions)} fractions")
+    case = [column for column in usage.columns if column not in ("layer", "expert", "share", "tokens")]
+    share = usage["share"].to_numpy(dtype=np.float64)
+    work = usage[[*case, "layer"]].copy()
+    work["entropy_bits"] = -share * np.log2(np.where(share > 0, share, 1.0))
+    work["active_fraction"] = share * np.asarray(fractions, dtype=np.float64)[expert]
+    if "tokens" in usage.columns:
+        work["tokens"] = usage["tokens"]
+    single = work.groupby([*case, "layer"], sort=False, observed=True, dropna=False).sum().reset_index()
+    single["entropy_bits"] = single["entropy_bits"].abs()  # -0.0 -> 0.0
+    how = {"entropy_bits": "mean", "active_fraction": "mean", **({"tokens": "sum"} if "tokens" in single else {})}
+    groups = single.groupby(case, sort=False, observed=True, dropna=False) if case else [((), single)]
+    parts = []
+    for _, part in groups:
+        pooled = {**part.iloc[0][case].to_dict(), "layer": ALL, **part.agg(how).to_dict()}
+        parts.append(pd.concat([part.astype({"layer": object}), pd.DataFrame([pooled])]))
+    result = pd.concat(parts, ignore_index=True)
+    return result.astype({"tokens": np.int64}) if "tokens" in result else result
+
+
+def active_fraction(
+    routing: pd.DataFrame,
+    *,
+    theta: float,
+    fractions: Sequence[float],
+    by_domain: bool = False,
+    confidence: float = 0.95,
+    resamples: int = 2_000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The mean share of the MLP that a token runs, per layer and for all layers ("all"), with a document
+    bootstrap.
+
+    Args:
+        routing: the frame `routing`.
+        theta: threshold it was made with; copied into the result.
+        fractions: [E] share of the MLP that each expert runs.
+        by_domain: rows per domain; else all domains together, domain "all".
+
+    Returns:
+        run, theta, domain, layer, active_fraction, low, high, tokens, documents, confidence.
+    """
+    parts = []
+    sizes = np.asarray(fractions, dtype=np.float64)
+    for tally in tallies(routing, len(sizes), "active_fraction", by_domain=by_domain):
+        tokens = tally.joint.sum(axis=2)  # (documents, L, E)
+        settings = {"confidence": confidence, "resamples": resamples, "seed": seed}
+        interval = bootstrap_sums(with_all(tokens, -2), lambda totals: totals @ sizes / totals.sum(axis=-1), **settings)
+        columns = {"run": tally.run, "theta": theta, "domain": tally.domain, "layer": layer_names(tally.layers)}
+        values = {"active_fraction": interval.value, "low": interval.low, "high": interval.high}
+        sample = {"tokens": with_all(tokens.sum(axis=(0, 2)), 0), "documents": interval.n, "confidence": confidence}
+        parts.append(pd.DataFrame({**columns, **values, **sample}))
+    return pd.concat(parts, ignore_index=True)

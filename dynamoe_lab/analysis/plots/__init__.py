@@ -1,0 +1,27 @@
+"""Frame in, picture out. Every plot draws one message, computed from its frame, into its title.
+
+The frame comes first, everything else by keyword. A plot of one panel takes `ax` and returns the Axes; a plot
+of several takes `figure` (a Figure or SubFigure) and returns it; without them a new figure as wide as a page
+is made. Nothing is shown or saved here: hand the result to `run.figure`, or save it inside
+`style.style_context()`. Experts are called by their share of the MLP when `fractions` is given.
+"""
+
+from dynamoe_lab.analysis.plots.conversion import plot_expert_similarity, plot_importance_curves
+from dynamoe_lab.analysis.plots.router import (
+    plot_error_distance,
+    plot_router_confusion,
+    plot_router_confusion_by_layer,
+)
+from dynamoe_lab.analysis.plots.training import plot_training_curves
+from dynamoe_lab.analysis.plots.usage import plot_expert_usage, plot_expert_usage_by_domain
+
+__all__ = [
+    "plot_error_distance",
+    "plot_expert_similarity",
+    "plot_expert_usage",
+    "plot_expert_usage_by_domain",
+    "plot_importance_curves",
+    "plot_router_confusion",
+    "plot_router_confusion_by_layer",
+    "plot_training_curves",
+]
