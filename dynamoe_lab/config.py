@@ -44,7 +44,7 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """Router training with `transformers.Trainer`; attention, embeddings, norms and head stay frozen (METHODS 1.6)."""
+    """Router training with `transformers.Trainer`; attention, embeddings, norms and head stay frozen (arXiv 2502.12325)."""
 
     steps: int = 100  # optimizer steps
     batch_size: int = 4  # blocks per forward pass and device

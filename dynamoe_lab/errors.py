@@ -1,7 +1,7 @@
 """The one error a person is meant to read: bad input, told in one line.
 
-Everything that a user can correct (a wrong name, an impossible number, a missing file) is raised as `InputError`; the command line prints its
-message without a traceback and exits with code 2. Any other exception is a defect of ours or of the machine and keeps its traceback.
+Everything that a user can correct (a wrong name, an impossible number, a missing file) is raised as `InputError`; the command line prints
+its message without a traceback and exits with code 2. Any other exception is a defect of ours or of the machine and keeps its traceback.
 """
 
 __all__ = ["InputError"]

@@ -15,14 +15,14 @@ from dynamoe_lab.models import DynaMoEConfig, decoder_layers, family_of, labels_
 
 
 def naive_expert(mlp, x, fraction):
-    """A separate MLP cut out of the weights, written from METHODS 1.2."""
+    """A separate MLP cut out of the weights, written from the definition."""
     size = round(fraction * mlp.down_proj.in_features)
     hidden = F.silu(x @ mlp.gate_proj.weight[:size].T) * (x @ mlp.up_proj.weight[:size].T)
     return hidden @ mlp.down_proj.weight[:, :size].T
 
 
 def naive_labels(mlp, x, theta):
-    """E separate MLPs, one cosine each, the first that is close enough (METHODS 1.3)."""
+    """E separate MLPs, one cosine each, the first that is close enough."""
     outputs = [naive_expert(mlp, x, fraction) for fraction in mlp.moe.experts]
     labels = torch.full((len(x),), len(outputs) - 1)
     for expert in reversed(range(len(outputs) - 1)):
@@ -208,7 +208,7 @@ def test_loss_is_the_papers(family, blocks):
 
 
 def reference_forward(mlp, x, gradient):
-    """METHODS 1.5 with plain autograd: every block's product, weighted."""
+    """The training output with plain autograd: every block's product, weighted."""
     logits = mlp.router(x)
     p = logits.softmax(-1)
     hard = F.one_hot(logits.argmax(-1), mlp.moe.num_experts).float()

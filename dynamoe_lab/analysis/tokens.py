@@ -16,7 +16,8 @@ from dynamoe_lab.analysis.style import expert_colors
 __all__ = ["render_tokens"]
 
 _STYLE = """<style>
-.dml-text{font:15px/2.1 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;color:#222;background:#fff;padding:.6em}
+.dml-text{font:15px/2.1 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;color:#222;
+background:#fff;padding:.6em}
 .dml-tok{position:relative;border-radius:3px;padding:2px 0;outline-offset:1px}
 .dml-tok:hover,.dml-tok:focus{outline:2px solid #222}
 .dml-tip{display:none;position:absolute;left:0;top:1.9em;z-index:9;background:#fff;border:1px solid #999;border-radius:4px;padding:6px 8px;

@@ -1,4 +1,4 @@
-"""Dense -> DynaMoE: order every MLP's neurons by importance, then let prefixes be experts (METHODS 1.1, 1.2, 1.4).
+"""Dense -> DynaMoE: order every MLP's neurons by importance, then let prefixes be experts (arXiv 2502.12325).
 
 Reordering permutes the rows of gate and up and the columns of down, so the function stays; the dense model is left untouched.
 """

@@ -1,7 +1,7 @@
 """One calibration pass: which neurons matter, by every importance formula at once.
 
-Forward hooks on the down projections of the *dense* model see each neuron's activation h_j and the MLP's output, so all formulas of
-METHODS 1.1 cost one forward. Sums are kept in float64. Position 0 is an attention sink whose activations can be 99.8 % of a layer's squared
+Forward hooks on the down projections of the *dense* model see each neuron's activation h_j and the MLP's output, so all importance
+formulas cost one forward. Sums are kept in float64. Position 0 is an attention sink whose activations can be 99.8 % of a layer's squared
 sum; `l2_down_tokennorm` divides a token's activations by the norm of its MLP output first, so that no token speaks for the layer.
 """
 
@@ -79,10 +79,10 @@ def calibrate(dense: PreTrainedModel, calibration: Blocks | Tensor, *, batch_siz
 
 
 def importance(statistics: CalibrationStatistics, formula: str, *, seed: int = 0) -> Tensor:
-    """Importance of every neuron, [L, H] float64, larger matters more (METHODS 1.1).
+    """Importance of every neuron, [L, H] float64, larger matters more. arXiv 2502.12325 leaves the formula open.
 
-    `l2_down`: sqrt(sum h_j^2) * ||W_down[:, j]||; `l2_down_tokennorm`: the same with each token's activations divided by the norm of its MLP
-    output; `l2`: sqrt(sum h_j^2); `abs`: sum |h_j|; `random`: uniform numbers from `seed`, the control.
+    `l2_down`: sqrt(sum h_j^2) * ||W_down[:, j]||; `l2_down_tokennorm`: the same with each token's activations divided by the norm of its
+    MLP output; `l2`: sqrt(sum h_j^2); `abs`: sum |h_j|; `random`: uniform numbers from `seed`, the control.
     """
     if formula == "l2_down":
         return statistics.squares.sqrt() * statistics.down_norms
@@ -97,8 +97,11 @@ def importance(statistics: CalibrationStatistics, formula: str, *, seed: int = 0
     raise InputError(f"importance {formula!r}: choose one of {', '.join(FORMULAS)}")
 
 
-def importance_table(statistics: CalibrationStatistics, *, formulas: tuple[str, ...] = FORMULAS, seed: int = 0) -> pd.DataFrame:
-    """Importance in order: columns formula, layer, rank (0 = most important neuron of its layer), value."""
+def importance_table(statistics: CalibrationStatistics, *, formulas: tuple[str, ...] = FORMULAS[:-1], seed: int = 0) -> pd.DataFrame:
+    """Importance in order: columns formula, layer, rank (0 = most important neuron of its layer), value.
+
+    `random` is left out unless asked for: sorted random numbers have a curve, too, but it says nothing about the model.
+    """
     frames = []
     for formula in formulas:
         values = importance(statistics, formula, seed=seed).sort(dim=1, descending=True).values  # [L, H]

@@ -10,7 +10,7 @@ __all__ = ["count_active_params", "expert_params"]
 
 
 def expert_params(mlp: NestedMLP) -> list[int]:
-    """Parameters of each nested expert of one layer, router aside: rows of the input projections, columns of down, and down's whole bias."""
+    """Parameters of each nested expert of one layer, router aside: rows of the input projections, columns of down, down's whole bias."""
     inputs = [linear for linear in (mlp.gate, mlp.up) if linear is not None]
     per_neuron = sum(linear.in_features + (linear.bias is not None) for linear in inputs) + mlp.down.out_features
     shared = 0 if mlp.down.bias is None else mlp.down.bias.numel()
@@ -25,8 +25,8 @@ def count_active_params(model: PreTrainedModel, routing: pd.DataFrame, *, run: s
         routing: table `routing` (columns layer, expert; one row per token and layer).
 
     Returns:
-        One row per layer and one, layer "all", for the model: run, layer, mlp_active (mean over tokens), mlp_total, active_mlp_fraction, router,
-        other (attention, norms, embeddings; tied embeddings once), active_params, total_params.
+        One row per layer and one, layer "all", for the model: run, layer, mlp_active (mean over tokens), mlp_total, active_mlp_fraction,
+        router, other (attention, norms, embeddings; tied embeddings once), active_params, total_params.
 
     Raises:
         InputError: `routing` has other layers or experts than the model.

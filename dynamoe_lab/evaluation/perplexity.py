@@ -67,8 +67,8 @@ def evaluate_perplexity(
         bootstrap, confidence, seed: resamples of documents and level of the interval.
 
     Returns:
-        One row: run, n (documents resampled for the interval), tokens, perplexity, reference_perplexity, ratio, low, high. Without a reference the
-        last three describe the perplexity itself (ratio NaN).
+        One row: run, n (documents resampled for the interval), tokens, perplexity, reference_perplexity, ratio, low, high. Without a
+        reference the last three describe the perplexity itself (ratio NaN).
 
     Raises:
         InputError: the reference was measured on other documents.

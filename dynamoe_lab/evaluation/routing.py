@@ -27,9 +27,9 @@ def trace_routing(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size
     """Run blocks [n, T] through a converted model under its current routing.
 
     Returns:
-        Table `routing`, one row per token and layer: run, domain, document, position (in the block), token_id, layer, label (smallest expert
-        within theta), expert (used), probability (the router's, of the expert used), surprisal (-ln p of the token itself, nats; NaN at
-        position 0).
+        Table `routing`, one row per token and layer: run, domain, document, position (in the block), token_id, layer, label (smallest
+        expert within theta), expert (used), probability (the router's, of the expert used), surprisal (-ln p of the token itself, nats; NaN
+        at position 0).
     """
     _require_converted(model, "trace_routing")
     blocks = as_blocks(blocks)

@@ -51,7 +51,7 @@ class Router(nn.Sequential):
 
 
 def nested_similarity(products: list[Tensor], bias: Tensor | None = None) -> Tensor:
-    """Cosine between the output of every nested expert and the full output (METHODS 1.3), in float32.
+    """Cosine between the output of every nested expert and the full output (arXiv 2502.12325, difficulty label), in float32.
 
     Args:
         products: E block products, each [N, D]; expert e's output is the sum of the first e + 1.
@@ -79,7 +79,7 @@ def labels_from_similarity(similarities: Tensor, theta: float) -> Tensor:
 
 
 class _WeightedBlocks(torch.autograd.Function):
-    """sum_b w_b * P_b with P_b = h_b W_b^T given, keeping only h, W and w for backward: one product each for dh and dW, as in a dense MLP."""
+    """sum_b w_b * P_b with P_b = h_b W_b^T given, keeping h, W and w for backward: one product each for dh and dW, as in a dense MLP."""
 
     @staticmethod
     def forward(ctx, hidden, weight, block_weights, products, sizes):
@@ -203,7 +203,7 @@ class NestedMLP(nn.Module):
         return output
 
     def _block_weights(self, logits: Tensor, experts: Tensor, *, trained: bool) -> Tensor:
-        """w_b = sum_{e >= b} of the choice, [N, E]: 1 up to the chosen expert, 0 above, exactly; what differs is the gradient (METHODS 1.5)."""
+        """w_b = sum_{e >= b} of the choice, [N, E]: 1 up to the chosen expert, 0 above, exactly; only the gradient differs."""
         gradient = self.moe.router_gradient if trained else "none"
         exact = torch.promote_types(logits.dtype, torch.float32)  # at least float32, also in bfloat16 models
         choice = F.one_hot(experts, self.moe.num_experts).to(exact)

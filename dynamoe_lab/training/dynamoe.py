@@ -1,6 +1,6 @@
-"""Training a DynaMoE model: MLPs and routers learn, the rest is frozen (METHODS 1.5, 1.6).
+"""Training a DynaMoE model: MLPs and routers learn, the rest is frozen (arXiv 2502.12325, loss and training).
 
-`train` trains in place, writes the result to `output_dir/checkpoint`, and goes on where it was when it is called again with the same inputs.
+`train` trains in place, writes the result to `output_dir/checkpoint`, and goes on where it was when called again with the same inputs.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def freeze(model: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
 
 
 def routing_metrics(model: PreTrainedModel, outputs, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Router accuracy (its argmax against the labels) and active MLP fraction of the experts used, means over layers and tokens but pads."""
+    """Router accuracy (argmax against the labels) and active MLP fraction of the experts used, means over layers and tokens but pads."""
     counted = token_mask(attention_mask, len(outputs.labels[0]))
     keep = slice(None) if counted is None else counted
     sizes = torch.tensor(model.nested_mlps()[0].sizes, dtype=torch.float32, device=outputs.experts[0].device)

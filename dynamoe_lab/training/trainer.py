@@ -54,7 +54,7 @@ def training_arguments(config: TrainConfig, folder: Path, device: str) -> Traini
         warmup_steps=config.warmup_steps,
         lr_scheduler_type=config.schedule,
         max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing,
         logging_steps=1,
         logging_nan_inf_filter=False,  # the filter hides a loss that is not finite; we stop on it
         save_strategy="steps",
@@ -142,7 +142,7 @@ class MethodTrainer(Trainer):
         super().log(logs, start_time)
 
     def steps_frame(self, run: str) -> pd.DataFrame:
-        """Table `steps` of DESIGN from the log history: one row per optimizer step; seconds and tokens are cumulative."""
+        """Table `steps` from the log history: one row per optimizer step; seconds and tokens are cumulative."""
         rows = [entry for entry in self.state.log_history if "lm_loss" in entry or "router_loss" in entry]
         frame = pd.DataFrame(rows).rename(columns={"learning_rate": "lr"})
         per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size

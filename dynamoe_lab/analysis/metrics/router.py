@@ -1,4 +1,4 @@
-"""Where the router errs, against what chance would have done (a claim of arXiv 2502.12325, METHODS 1)."""
+"""Where the router errs, against what chance would have done (a claim of arXiv 2502.12325)."""
 
 import numpy as np
 import pandas as pd

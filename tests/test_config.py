@@ -1,0 +1,69 @@
+"""Profiles and overrides: what is merged, and what a mistake is answered with."""
+
+import pytest
+
+from dynamoe_lab.config import Experiment, field_names, load_experiment, profiles
+from dynamoe_lab.errors import InputError
+
+
+def test_overrides_beat_profile_beats_defaults():
+    experiment = load_experiment("smoke", ["dynamoe.theta=0.8", "train.steps=3", "dynamoe.experts=[0.5,1.0]"])
+    assert (experiment.model, experiment.dynamoe.theta, experiment.train.steps) == ("smollm2-pico", 0.8, 3)
+    assert experiment.dynamoe.experts == (0.5, 1.0)
+    assert experiment.profile == "smoke"
+    assert isinstance(experiment, Experiment)
+
+
+def test_a_profile_may_be_a_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("dynamoe:\n  theta: 0.85\n")
+    assert load_experiment(str(path)).dynamoe.theta == 0.85
+    assert load_experiment(str(path)).profile == "mine"
+
+
+def test_names():
+    assert {"smoke", "quick"} <= set(profiles())
+    assert {"dynamoe.theta", "train.steps", "model", "data.context"} <= set(field_names())
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("dynamoe.tetha=0.8", "did you mean dynamoe.theta"),
+        ("steps=3", "steps"),
+        ("train.steps=many", "could not be converted to Integer.*train.steps"),
+        ("train.steps=0", "train.steps = 0.*at least 1"),
+        ("train.mlp_lr=-1", "train.mlp_lr"),
+        ("dynamoe.theta=7", "theta = 7.0"),
+        ("dynamoe.experts=[0.5,0.25,1.0]", "increasing"),
+        ("dynamoe.experts=[0.5]", "end the list with 1.0"),
+        ("dynamoe.importance=magic", "expected one of.*l2_down"),
+        ("dtype=int8", "expected one of"),
+        ("data.context=1", "data.context = 1"),
+        ("evaluate.confidence=95", "between 0 and 1"),
+        ("threads=0", "threads = 0"),
+        ("train=3", "train"),
+        ("nonsense", "key=value"),
+        ("data.train=[unclosed", "YAML"),
+    ],
+)
+def test_bad_overrides_are_told_in_one_line(override, says):
+    with pytest.raises(InputError, match=says) as error:
+        load_experiment("quick", [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("profile", ["qick", "defaults", "missing.yaml", "../configs/quick"])
+def test_unknown_profiles(profile):
+    with pytest.raises(InputError, match=r"profile.*(choose|one of)"):
+        load_experiment(profile)
+
+
+@pytest.mark.parametrize(
+    "content", ["a: [1", "!!python/object/apply:os.getcwd []", "- just\n- a list\n", "train: {steps: {}}", b"\xff\xfe\x00"]
+)
+def test_broken_profile_files(tmp_path, content):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=r"broken\.yaml"):
+        load_experiment(str(path))

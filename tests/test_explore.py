@@ -1,0 +1,93 @@
+"""A sentence of one's own: pieces, colours, escaping, the widget."""
+
+import re
+
+import pytest
+from conftest import make_converted
+
+from dynamoe_lab.analysis.tokens import render_tokens
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.evaluation import trace_text
+from dynamoe_lab.workbench.explore import continue_text, explorer
+
+HOSTILE = "<script>alert(1)</script> & \"quotes\" <img src=x onerror='alert(2)'>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A byte-level tokenizer made here, so that any text has tokens and no asset is needed."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ascii_first = [token for token in alphabet if token.isascii()] + [token for token in alphabet if not token.isascii()]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(ascii_first[:128])}, [], unk_token=ascii_first[0]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=ascii_first[2], pad_token=ascii_first[0])
+
+
+def test_pieces_make_up_the_text(tokenizer):
+    routing = trace_text(make_converted(), tokenizer, HOSTILE)
+    pieces = routing[routing["layer"] == 0].sort_values("position")["token"]
+    assert "".join(pieces) == HOSTILE
+    assert len(routing) == 3 * len(pieces)
+
+
+def test_text_is_escaped(tokenizer):
+    page = render_tokens(trace_text(make_converted(), tokenizer, HOSTILE), fractions=(0.25, 0.5, 0.75, 1.0), title=HOSTILE)
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;" in page
+    assert not re.search(r"(https?:)?//", page.replace("</", "")), "nothing is loaded from elsewhere"
+
+
+def test_colours_follow_the_compute(tokenizer):
+    model = make_converted()
+    pages = {}
+    for routing in (0, 3):
+        model.set_routing(routing)
+        pages[routing] = render_tokens(trace_text(model, tokenizer, "some words"), fractions=model.moe.experts)
+    colours = {routing: set(re.findall(r'tabindex="0" style="background:(#\w+)"', page)) for routing, page in pages.items()}
+    assert colours[0] == {"#ffffff"}
+    assert len(colours[3]) == 1
+    assert colours[3] != colours[0]
+    assert "25% of the MLP neurons run on average" in pages[0]
+    assert "100% of the MLP neurons run on average" in pages[3]
+    assert pages[0].count("<i style") == 10 * 3, "a bar for every layer of every token"
+
+
+@pytest.mark.parametrize(("text", "says"), [("", "empty"), ("x" * 40, "more than max_tokens = 32")])
+def test_unusable_texts_are_refused(tokenizer, text, says):
+    with pytest.raises(InputError, match=says):
+        trace_text(make_converted(), tokenizer, text, max_tokens=32)
+
+
+def test_continuation_is_greedy_and_repeatable(tokenizer):
+    model = make_converted()
+    first = continue_text(model, tokenizer, "some words", new_tokens=6)
+    assert first.startswith("some words")
+    assert len(first) > len("some words")
+    assert first == continue_text(model, tokenizer, "some words", new_tokens=6)
+    with pytest.raises(InputError, match="do not fit"):
+        continue_text(model, tokenizer, "some words", new_tokens=1000)
+    with pytest.raises(InputError, match="empty"):
+        continue_text(model, tokenizer, "", new_tokens=5)
+
+
+def test_the_box_answers(tokenizer):
+    widget = explorer(make_converted(), tokenizer, text="hello", new_tokens=4)
+    box, buttons, shown = widget.children
+    colour, extend = buttons.children
+    assert "5 tokens" in shown.value
+    box.value = HOSTILE
+    colour.click()
+    assert f"{len(HOSTILE)} tokens" in shown.value
+    assert "<script" not in shown.value
+    extend.click()
+    assert box.value.startswith(HOSTILE)
+    assert len(box.value) > len(HOSTILE)
+    box.value = ""
+    colour.click()
+    assert "the text is empty" in shown.value
+    assert not colour.disabled

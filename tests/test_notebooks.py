@@ -1,0 +1,185 @@
+"""All notebooks on the smoke profile, as a person runs them: the command, stock papermill, again, after a deletion, after a kill."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FIGURES = {
+    "01_convert": ("importance_curves", "expert_similarity"),
+    "03_train_router": ("training_curves",),
+    "04_router_confusion": ("router_confusion", "router_confusion_by_layer", "error_distance"),
+    "05_expert_usage": ("expert_usage", "expert_usage_by_domain"),
+}
+COLUMNS = {  # of the documented tables
+    "03_train_router/training_curves": "run step tokens loss lm_loss router_loss router_accuracy active_mlp_fraction lr seconds",
+    "04_router_confusion/router_confusion_by_layer": "run theta layer label expert tokens share",
+    "05_expert_usage/expert_usage": "run theta domain layer expert share tokens",
+    "05_expert_usage/expert_usage_by_domain": "run theta domain layer expert share tokens",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A cache of this module's own for steps; the assets are those of the machine."""
+    from dynamoe_lab.assets import home as machine_home
+    from dynamoe_lab.loading import load_model
+
+    load_model("smollm2-pico")
+    from dynamoe_lab.data import load_blocks
+    from dynamoe_lab.loading import load_tokenizer
+
+    load_blocks("c4", load_tokenizer("smollm2-pico"), context=8, tokens=8)
+    folder = tmp_path_factory.mktemp("notebooks-home")
+    for part in ("assets", "models"):
+        (folder / part).symlink_to(machine_home() / part)
+    return folder
+
+
+def environment(home):
+    return {**os.environ, "DYNAMOE_LAB_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+
+
+def run(home, report, *notebooks, profile="smoke", check=True):
+    command = [sys.executable, "-m", "dynamoe_lab", "run", *notebooks, "--profile", profile, "--output", str(report)]
+    done = subprocess.run(command, env=environment(home), cwd=ROOT, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def record(report, name):
+    return json.loads((report / name / "record.json").read_text())
+
+
+def checkpoint(home):
+    (weights,) = (home / "steps").glob("train-*/output/checkpoint/model.safetensors")
+    return weights
+
+
+@pytest.fixture(scope="module")
+def report(home, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "smoke"
+    run(home, folder)
+    return folder
+
+
+@pytest.mark.assets
+def test_every_notebook_ends_well_with_every_figure(report):
+    page = (report / "index.html").read_text(encoding="utf-8")
+    for name in ("00_explore", *FIGURES):
+        assert record(report, name)["run"]["status"] == "ok"
+        assert (report / name / "notebook.html").is_file()
+        for stem in FIGURES.get(name, ()):
+            for kind in ("png", "svg", "csv"):
+                path = report / name / f"{stem}.{kind}"
+                assert path.stat().st_size > 200
+                assert f"{name}/{stem}.{kind}" in page, f"the report does not show {stem}.{kind}"
+            assert (report / name / f"{stem}.csv").stat().st_size <= 1_000_000
+    for name, columns in COLUMNS.items():
+        assert list(pd.read_csv(report / f"{name}.csv").columns)[: len(columns.split())] == columns.split()
+
+
+@pytest.mark.assets
+def test_usage_and_confusion_agree(report):
+    """Two notebooks, one routing: the column sums of the confusion are the usage."""
+    confusion = pd.read_csv(report / "04_router_confusion" / "router_confusion_by_layer.csv")
+    usage = pd.read_csv(report / "05_expert_usage" / "expert_usage.csv").set_index(["layer", "expert"])["tokens"]
+    counted = confusion.groupby(["layer", "expert"])["tokens"].sum()
+    assert counted.to_dict() == usage.to_dict()
+
+
+@pytest.mark.assets
+def test_again_nothing_runs(home, report):
+    before = {path: path.stat().st_mtime_ns for path in report.rglob("*.png")}
+    began = time.perf_counter()
+    done = run(home, report)
+    assert time.perf_counter() - began < 60
+    assert done.stdout.count("up to date") == 5
+    assert before == {path: path.stat().st_mtime_ns for path in report.rglob("*.png")}
+
+
+@pytest.mark.assets
+def test_a_deleted_folder_is_remade_without_training(home, report):
+    before = (report / "05_expert_usage" / "expert_usage.csv").read_bytes()
+    shutil.rmtree(report / "05_expert_usage")
+    done = run(home, report)
+    assert done.stdout.count("up to date") == 4
+    steps = record(report, "05_expert_usage")["results"]["steps"]
+    assert {"convert", "train", "trace_routing"} <= {step["function"] for step in steps}
+    assert all(step["cached"] for step in steps)
+    assert (report / "05_expert_usage" / "expert_usage.csv").read_bytes() == before
+
+
+@pytest.mark.assets
+def test_stock_papermill(home, tmp_path):
+    command = [sys.executable, "-m", "papermill", "notebooks/04_router_confusion.ipynb", str(tmp_path / "out.ipynb")]
+    command += ["-p", "profile", "smoke", "-p", "output", str(tmp_path / "report"), "--no-progress-bar"]
+    subprocess.run(command, env=environment(home), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert record(tmp_path / "report", "04_router_confusion")["run"]["status"] == "ok"
+    assert (tmp_path / "report" / "04_router_confusion" / "router_confusion.png").is_file()
+
+
+@pytest.mark.assets
+def test_killed_in_a_notebook_the_same_command_finishes(home, report, tmp_path):
+    """kill -9 of the runner and its kernel in the middle of training: the record says so, the next run ends in the same weights."""
+    own = tmp_path / "home"
+    own.mkdir()
+    for part in ("assets", "models"):
+        (own / part).symlink_to((home / part).resolve())
+    command = [sys.executable, "-m", "dynamoe_lab", "run", "03", "--profile", "smoke", "--output", str(tmp_path / "report")]
+    process = subprocess.Popen(
+        command, env=environment(own), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 90
+    while not list(own.glob("scratch/*/output/trainer/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(["pkill", "-9", "-f", str(own)], check=False)
+    assert not list(own.glob("steps/train-*")), "killed too late"
+    run(own, tmp_path / "report", "03")
+    assert record(tmp_path / "report", "03_train_router")["run"]["status"] == "ok"
+    assert checkpoint(own).read_bytes() == checkpoint(home).read_bytes()
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "99"], "99"),
+        (["run", "04_router_confusoin"], "04_router_confusion"),
+        (["run", "04", "-p", "tetha=1"], "tetha"),
+        (["run", "00", "-p", "new_tokens=many"], "new_tokens"),
+        (["run", "04", "-p", "dynamoe.theta=2"], "theta"),
+        (["run", "04", "-p", "novalue"], "novalue"),
+        (["run", "04", "--profile", "qick"], "qick"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(home, arguments, says, tmp_path):
+    if arguments[0] == "run":
+        arguments = [*arguments, "--output", str(tmp_path / "report")]
+    done = subprocess.run(
+        [sys.executable, "-m", "dynamoe_lab", *arguments], env=environment(home), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.assets
+def test_bad_input_inside_a_notebook_is_told_too(home, tmp_path):
+    done = run(home, tmp_path / "report", "04", "-p", "data.heldout_tokens=999999999", check=False)
+    assert done.returncode == 2
+    assert "ask for at most" in done.stderr
+    assert record(tmp_path / "report", "04_router_confusion")["run"]["status"] == "failed"

@@ -1,0 +1,223 @@
+"""The house stands as designed: dependencies run one way, names are public on purpose, heavy imports come late, notebooks are thin."""
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dynamoe_lab"
+
+# room -> what of ours it may import (errors, a leaf without imports, is open to all but the travelling models)
+ALLOWED = {
+    "errors": set(),
+    "models": set(),
+    "config": {"models"},
+    "assets": {"loading"},
+    "texts": {"assets"},
+    "loading": {"assets", "models"},
+    "data": {"assets", "texts", "loading"},
+    "analysis": set(),
+    "conversion": {"config", "assets", "loading", "data", "models"},
+    "training": {"config", "assets", "loading", "data", "models"},
+    "evaluation": {"config", "assets", "loading", "data", "models", "conversion", "training", "analysis.statistics"},
+    "workbench": {"config", "assets", "loading", "texts", "data", "models", "conversion", "training", "evaluation", "analysis"},
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(path: Path) -> set[str]:
+    """Absolute names that a module imports anywhere, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(path.relative_to(ROOT).with_suffix("").parts[: -node.level])
+            names |= {f"{base}.{node.module}.{alias.name}" if node.module else f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if room_of(path) not in ("__init__", "__main__")], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_dependencies_run_one_way(path):
+    room = room_of(path)
+    for name in imported_names(path):
+        if not name.startswith("dynamoe_lab."):
+            continue
+        target = name.removeprefix("dynamoe_lab.")
+        first = target.split(".")[0]
+        fine = first == room or (first == "errors" and room != "models") or first in ALLOWED[room]
+        fine = fine or any(target.startswith(allowed) for allowed in ALLOWED[room] if "." in allowed)
+        assert fine, f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=lambda path: path.name)
+def test_models_travel(path):
+    """Files that go with a checkpoint import torch, transformers and each other, and lie flat."""
+    allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+    for name in imported_names(path):
+        assert name.split(".")[0] in allowed or name.startswith("dynamoe_lab.models"), f"{path.name} imports {name}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.ImportFrom) and node.level > 1)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "analysis").rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_analysis_never_imports_torch(path):
+    assert not {name.split(".")[0] for name in imported_names(path)} & {"torch", "transformers", "datasets", "lm_eval"}
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_importing_the_package_is_light():
+    heavy = ["torch", "transformers", "pandas", "matplotlib", "datasets", "papermill"]
+    assert run_python(f"import sys, dynamoe_lab; print([name for name in {heavy} if name in sys.modules])").strip() == "[]"
+
+
+def test_help_is_quick():
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "dynamoe_lab", "--help"], check=True, capture_output=True, cwd=ROOT)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.5, f"dynamoe-lab --help took {min(times):.2f} s"
+
+
+def test_public_names_resolve_and_are_documented():
+    import dynamoe_lab as lab
+
+    assert lab.__all__ == sorted(lab.__all__)
+    for name in lab.__all__:
+        assert getattr(lab, name).__doc__, f"lab.{name} has no docstring"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lab.nothing
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.name != "__main__.py"], ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_all_names_exist_and_have_docstrings(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} says nothing about itself"
+    for public in getattr(module, "__all__", []):
+        value = getattr(module, public)
+        if inspect.isclass(value) or inspect.isroutine(value):
+            assert value.__doc__, f"{name}.{public} has no docstring"
+
+
+def test_files_have_one_responsibility():
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES}
+    assert not {name: lines for name, lines in long.items() if lines > 360}
+
+
+# --- notebooks ----------------------------------------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_thin_and_stripped(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in code]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in code), "stored outputs"
+    assert "parameters" in code[0]["metadata"].get("tags", []), "the first code cell is the parameters cell"
+    assert len(code) <= 14
+    assert not any(re.search(r"^(def|class|if smoke)\b", source, re.M) for source in sources)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert f'lab.start("{path.stem}"' in "\n".join(sources), "a notebook opens its record under its own name"
+    assert "run.finish()" in sources[-1]
+    assert notebook["cells"][0]["source"][0].startswith("# "), "it opens with its question"
+    parameters = ast.parse(sources[0]).body
+    names = [node.target.id for node in parameters]
+    assert names[:3] == ["profile", "overrides", "output"]
+    for node in parameters:
+        assert isinstance(node, ast.AnnAssign)
+        ast.literal_eval(node.value)
+    read = {node.id for node in ast.walk(ast.parse("\n".join(sources[1:]))) if isinstance(node, ast.Name)}
+    assert set(names) <= read, f"parameters that nothing reads: {set(names) - read}"
+
+
+def test_every_public_name_in_notebooks_exists():
+    import dynamoe_lab as lab
+
+    for path in NOTEBOOKS:
+        for name in re.findall(r"\blab\.([a-zA-Z_]\w*)", path.read_text(encoding="utf-8")):
+            assert name in lab.__all__, f"{path.name} uses lab.{name}"
+
+
+# --- project files ------------------------------------------------------------------------------------------------------------------
+
+
+def test_environment_yml_is_true_to_pyproject():
+    """conda users install this very project with the same pins; nothing is listed twice."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(item["pip"] for item in environment["dependencies"] if isinstance(item, dict))
+    assert pip == ["--constraint constraints.txt", "--editable .[dev]"]
+    assert [item for item in environment["dependencies"] if isinstance(item, str)] == ["python=3.11", "pip", "make"]
+
+
+def test_constraints_pin_every_dependency_and_fit():
+    import tomllib
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pins = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
+    for text in (*project["dependencies"], *project["optional-dependencies"]["dev"]):
+        requirement = Requirement(text)
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, text
+
+
+def test_defaults_yaml_mirrors_the_dataclasses():
+    from omegaconf import OmegaConf
+
+    from dynamoe_lab.config import Experiment
+
+    schema = OmegaConf.structured(Experiment)
+    written = OmegaConf.load(ROOT / "configs" / "defaults.yaml")
+    assert OmegaConf.to_object(OmegaConf.merge(schema, written)) == Experiment()
+    as_lists = json.loads(json.dumps(OmegaConf.to_container(schema)))
+    assert OmegaConf.to_container(written) == as_lists, "a field is missing in defaults.yaml"
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "defaults"))
+def test_every_shipped_profile_is_valid_and_holds_differences_only(profile):
+    from omegaconf import OmegaConf
+
+    from dynamoe_lab.config import load_experiment
+
+    assert load_experiment(profile).profile == profile
+    defaults = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "defaults.yaml"))
+    differences = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / f"{profile}.yaml")) or {}
+    for key, value in differences.items():
+        for name, inner in value.items() if isinstance(value, dict) else [(None, value)]:
+            default = defaults[key] if name is None else defaults[key][name]
+            assert inner != default, f"{profile}.yaml repeats the default of {key}.{name}"
+
+
+def test_no_path_of_a_machine_is_committed():
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, cwd=ROOT).stdout.split("\n")
+    pattern = re.compile(r"/(?:wor" + r"k|hom" + r"e|roo" + r"t)/[a-z]")
+    for name in filter(None, files):
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".yaml", ".yml", ".toml", ".ipynb", ".json", ".html", ".txt") and path.is_file():
+            assert not pattern.search(path.read_text(encoding="utf-8", errors="replace")), f"{name} holds a path of a machine"
