@@ -30,7 +30,7 @@ RouterGradient = Literal["straight_through", "probability", "none"]
 
 @dataclass
 class DynaMoEConfig:
-    """How a dense model becomes a mixture of nested experts, and how its routers are supervised (arXiv 2502.12325; what it leaves open is marked [D])."""
+    """How a dense model becomes a mixture of nested experts, and how its routers are supervised. [D] marks what the paper leaves open."""
 
     experts: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # share of the intermediate size of each prefix; increasing, last 1.0
     theta: float = 0.9  # a token's label is the smallest expert whose output has at least this cosine to the full output

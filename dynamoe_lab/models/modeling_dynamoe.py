@@ -169,7 +169,7 @@ class DynaMoEMixin:
         return result
 
     def _router_loss(self, logits: tuple[Tensor, ...], labels: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
-        """Cross-entropy of the routers against the labels, mean over layers and over tokens that are no pads (arXiv 2502.12325, L_router)."""
+        """Cross-entropy of the routers against the labels, mean over layers and over tokens that are no pads (the paper's L_router)."""
         counted = token_mask(attention_mask, len(labels[0]))
         losses = []
         for layer_logits, layer_labels in zip(logits, labels, strict=True):

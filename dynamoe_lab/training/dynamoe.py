@@ -165,3 +165,6 @@ def _read_back(model: PreTrainedModel, folder: Path) -> pd.DataFrame:
     model.load_state_dict(trained.state_dict())
     model.config.moe = trained.config.moe
     return pd.read_parquet(folder / "steps.parquet")
+
+
+train.step_ignores = ("progress", "config.log_steps", "config.report_to")  # how it is watched does not change what comes out

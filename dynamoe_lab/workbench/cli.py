@@ -1,0 +1,115 @@
+"""The command line: `dynamoe-lab run`, `report`, `doctor`. Thin: every command is a call of a function of the workbench.
+
+Exit codes: 0 done, 1 a run failed, 2 bad input (one line on stderr, no traceback), 130 interrupted. Nothing heavy is imported before a
+command needs it, so `--help` answers at once.
+"""
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench.files import disk_full
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="dynamoe-lab",
+    help="Find out how much compute a language model can save on easy tokens: run the notebooks, read the report.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain text: rich costs a third of a second and draws boxes into logs
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_debug = False
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, also of bad input.")] = False) -> None:
+    """Options of all commands."""
+    global _debug
+    _debug = debug
+
+
+def _answering(command: Callable) -> Callable:
+    """Turn what a command raises into an exit code: bad input and a full disk 2, an interrupt 130; defects keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: object, **kwargs: object) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except KeyboardInterrupt:
+            typer.echo("dynamoe-lab: interrupted; finished steps and notebooks are kept, the same command goes on from there", err=True)
+            code = 130
+        except (InputError, OSError) as error:
+            if not isinstance(error, InputError) and not disk_full(error):
+                raise
+            if _debug:
+                traceback.print_exc()
+            typer.echo(f"dynamoe-lab: {error}", err=True)
+            code = 2
+        raise typer.Exit(code or 0)
+
+    return wrapped
+
+
+@app.command()
+@_answering
+def run(
+    notebooks: Annotated[
+        list[str] | None, typer.Argument(help="Names or numbers, e.g. 04_router_confusion or 04; none: all, in order.")
+    ] = None,
+    profile: Annotated[str, typer.Option(help="A file of configs/ (smoke, quick, small, paper), or a path to a YAML file.")] = "quick",
+    output: Annotated[Path | None, typer.Option(help="Report folder.", show_default="reports/<profile>")] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--parameter", "-p", metavar="KEY=VALUE", help="A notebook's parameter or an experiment field, e.g. dynamoe.theta=0.8."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run also what is up to date. Steps still come from the cache.")] = False,
+) -> int:
+    """Run notebooks and build the report. What is up to date is skipped; one that fails does not stop the others."""
+    from dynamoe_lab.workbench.notebooks import BAD_INPUT, FAILED, discover, report_folder, run_notebooks
+    from dynamoe_lab.workbench.report import build_report
+
+    statuses = run_notebooks(notebooks or (), profile=profile, given=parameter or (), output=output, force=force)
+    page = build_report(report_folder(profile, output), expected=[path.stem for path in discover()])
+    typer.echo(f"report: {os.path.relpath(page)}")
+    failed = [name for name, status in statuses.items() if status in (FAILED, BAD_INPUT)]
+    if failed:
+        typer.echo(f"{len(failed)} of {len(statuses)} failed: {', '.join(failed)}", err=True)
+    return 1 if FAILED in statuses.values() else 2 if failed else 0
+
+
+@app.command()
+@_answering
+def report(folder: Annotated[Path, typer.Argument(help="A report folder, e.g. reports/quick.")]) -> None:
+    """Build index.html again from the records of a report folder; nothing is computed."""
+    from dynamoe_lab.workbench.report import build_report
+
+    typer.echo(f"report: {os.path.relpath(build_report(folder))}")
+
+
+@app.command()
+@_answering
+def doctor() -> int:
+    """Check the environment, the cache and the kernel, and say what to do about each problem."""
+    from dynamoe_lab.workbench.doctor import examine, exit_code
+
+    return exit_code(list(examine()), typer.echo)
+
+
+def main() -> None:
+    """Entry point of `dynamoe-lab` and of `python -m dynamoe_lab`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a θ must not break a terminal that knows no Greek
+    app(prog_name="dynamoe-lab")

@@ -1,0 +1,98 @@
+"""What a result depends on besides its inputs: code, commit, package versions, platform; and how much memory it took.
+
+Nothing here names a user, a host or a folder. Versions are read from package metadata, so no package is imported to be asked.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import xxhash
+
+__all__ = ["PACKAGES", "ROOMS_WITHOUT_RESULTS", "code_digest", "git_state", "package_root", "peak_memory", "platform_name", "versions"]
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
+    "datasets",
+    "lm_eval",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "matplotlib",
+    "seaborn",
+    "papermill",
+    "omegaconf",
+)
+
+# Rooms that draw and book-keep: a change in them leaves the result of a step as it was.
+ROOMS_WITHOUT_RESULTS = ("analysis", "workbench")
+
+
+def package_root() -> Path:
+    """The folder of the package `dynamoe_lab` that is running."""
+    return Path(__file__).resolve().parents[1]
+
+
+@cache
+def code_digest(without: tuple[str, ...] = ()) -> str:
+    """One digest of the package's sources, as they were when first asked for; rooms named in `without` left aside."""
+    root, digest = package_root(), xxhash.xxh3_128()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if name.parts[0] not in without:
+            content = path.read_bytes()
+            digest.update(f"{name.as_posix()}:{len(content)}:".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that matter; absent ones are left out."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> tuple[str, bool]:
+    """Commit of the checkout that `folder` is the top of, and whether tracked files differ from it; `("", False)` outside of git."""
+    if not (folder / ".git").exists():
+        return "", False
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or a folder of someone else
+        return "", False
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=True)
+    return done.stdout.strip()
+
+
+def platform_name() -> str:
+    """Operating system, machine and usable cores, e.g. `Linux x86_64, 2 cores`; no host name."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{platform.system()} {platform.machine()}, {cores} core{'s' if cores > 1 else ''}"
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

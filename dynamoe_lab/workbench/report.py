@@ -1,0 +1,243 @@
+"""`build_report`: one page from the records of a report folder; a pure function of them, so the same records give the same bytes.
+
+It reads `record.json` and the csv of tables, and computes nothing: no torch, no pandas, no clock. Findings come first, each linked to the
+figure it was computed from; then a section a notebook with its question, figures, tables, numbers and steps; then what it all ran on.
+"""
+
+import csv
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench.files import write_atomic
+from dynamoe_lab.workbench.records import Artifact, Record, effective_status, load_records
+
+__all__ = ["build_report"]
+
+RANDOM_MODEL = "smollm2-pico"  # of the smoke profile
+TABLE_ROWS = 40  # more than a page shows no one reads; the csv has them all
+STATUS_WORDS = {"ok": "done", "failed": "failed", "interrupted": "interrupted", "running": "running", "stale": "stale"}
+
+
+@dataclass
+class _Table:
+    header: list[str]
+    rows: list[list[tuple[str, bool]]]  # text of a cell, and whether it is a number
+    omitted: int
+
+
+@dataclass
+class _Item:
+    """A figure or a table as the page shows it."""
+
+    stem: str
+    caption: str
+    csv: str
+    image: str = ""
+    vector: str = ""
+    width: int = 0
+    height: int = 0
+    table: _Table | None = None
+    missing: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Section:
+    name: str
+    title: str
+    record: Record
+    status: str
+    figures: list[_Item]
+    tables: list[_Item]
+    page: str  # the executed notebook, if it is there
+
+
+def build_report(folder: str | Path, *, expected: Sequence[str] | None = None) -> Path:
+    """Write `folder/index.html` from the records below `folder`; returns its path.
+
+    Args:
+        folder: a report folder, e.g. `reports/quick`.
+        expected: names of the notebooks that belong in it, to say which are missing; None: those of the project the folder lies in.
+
+    Raises:
+        InputError: the folder holds no record, or one that cannot be read.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = Path(folder)
+    records = load_records(folder) if folder.is_dir() else []
+    if not records:
+        raise InputError(f"{folder}: no records in this folder; make some with: dynamoe-lab run --profile quick")
+    sections = [_section(record, folder) for record in records]
+    names = _project_notebooks(folder) if expected is None else expected
+    profiles = sorted({section.record.run.profile for section in sections})
+    made = {section.name for section in sections}
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    pages.filters |= {"number": _number_text, "duration": _duration, "memory": _memory}
+    html = pages.get_template("index.html.j2").render(
+        profiles=profiles,
+        facts=_facts(sections),
+        random_model=any(section.record.run.config.get("model") == RANDOM_MODEL for section in sections),
+        sections=sections,
+        words=STATUS_WORDS,
+        findings=[(section, finding) for section in sections for finding in section.record.results.findings],
+        troubled=[section for section in sections if section.status not in ("ok", "running")],
+        missing=[(name, f"dynamoe-lab run {name} --profile {profiles[0]}") for name in names if name not in made],
+        environment=_environment(sections),
+    )
+    path = folder / "index.html"
+    write_atomic(path, html)
+    return path
+
+
+def _project_notebooks(folder: Path) -> list[str]:
+    """Names of the notebooks of the checkout that a report folder lies in; none if it lies elsewhere."""
+    for place in folder.resolve().parents:
+        if (place / "configs" / "defaults.yaml").is_file():
+            return sorted(path.stem for path in (place / "notebooks").glob("*.ipynb") if not path.name.startswith("."))
+    return []
+
+
+# --- a notebook's section ----------------------------------------------------------------------------------------------------------
+
+
+def _section(record: Record, folder: Path) -> _Section:
+    name = record.run.name
+    page = f"{name}/notebook.html" if (folder / name / "notebook.html").is_file() else ""
+    return _Section(
+        name=name,
+        title=record.run.title or name,
+        record=record,
+        status=effective_status(record),
+        figures=[_item(artifact, folder, name) for artifact in record.results.figures],
+        tables=[_item(artifact, folder, name) for artifact in record.results.tables],
+        page=page,
+    )
+
+
+def _item(artifact: Artifact, folder: Path, name: str) -> _Item:
+    files = {Path(entry.name).suffix: entry.name for entry in artifact.files}
+    missing = [entry.name for entry in artifact.files if not (folder / name / entry.name).is_file()]
+    present = {suffix: f"{name}/{file}" for suffix, file in files.items() if file not in missing}
+    item = _Item(
+        artifact.stem, artifact.caption, present.get(".csv", ""), present.get(".png", ""), present.get(".svg", ""), missing=missing
+    )
+    if item.image:
+        item.width, item.height = _png_size(folder / item.image)
+    elif item.csv:
+        item.table = _table(folder / item.csv)
+    return item
+
+
+def _png_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, so that the page does not jump while it loads."""
+    with path.open("rb") as stream:
+        header = stream.read(24)
+    return struct.unpack(">II", header[16:24]) if header[12:16] == b"IHDR" else (0, 0)
+
+
+def _table(path: Path) -> _Table:
+    with path.open(encoding="utf-8", newline="") as stream:
+        header, *rows = csv.reader(stream)
+    shown = [[_cell(text) for text in row] for row in rows[:TABLE_ROWS]]
+    return _Table(header, shown, max(len(rows) - TABLE_ROWS, 0))
+
+
+def _cell(text: str) -> tuple[str, bool]:
+    """The text as it stands in the csv, floats cut to what can be read, and whether it is a number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text, False
+    return (text if text.lstrip("-").isdigit() or number != number else f"{number:.5g}"), True
+
+
+# --- the page as a whole -----------------------------------------------------------------------------------------------------------
+
+
+def _facts(sections: list[_Section]) -> list[tuple[str, str]]:
+    """What was converted, from the resolved experiments; where notebooks differ, all values stand there."""
+    wanted = (
+        ("Model", ("model",)),
+        ("Expert sizes", ("dynamoe", "experts")),
+        ("θ", ("dynamoe", "theta")),
+        ("λ LM, λ router", ("dynamoe", "lambda_lm"), ("dynamoe", "lambda_router")),
+        ("Training tokens", ("data", "train_tokens")),
+        ("Optimizer steps", ("train", "steps")),
+        ("Held-out tokens", ("data", "heldout_tokens")),
+        ("Text", ("data", "train")),
+        ("Context", ("data", "context")),
+        ("Seed", ("seed",)),
+    )
+    facts = []
+    for label, *paths in wanted:
+        values: list[str] = []
+        for section in sections:
+            parts = [_plain(_at(section.record.run.config, path)) for path in paths]
+            text = ", ".join(parts)
+            if all(parts) and text not in values:
+                values.append(text)
+        if values:
+            facts.append((label, " | ".join(values)))
+    return facts
+
+
+def _at(config: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        config = config.get(name) if isinstance(config, dict) else None
+    return config
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    return "" if value is None else _number_text(value) if isinstance(value, (int, float)) else str(value)
+
+
+def _environment(sections: list[_Section]) -> list[tuple[str, str]]:
+    rows: dict[str, list[str]] = {}
+    for section in sections:
+        env = section.record.env
+        commit = f"{env.commit[:12]}{' with uncommitted changes' if env.dirty else ''}" if env.commit else ""
+        pairs = [
+            ("commit", commit),
+            ("code digest", env.code[:12]),
+            ("Python", env.python),
+            ("platform", env.platform),
+            ("torch threads", "" if env.threads is None else str(env.threads)),
+            ("packages", ", ".join(f"{name} {version}" for name, version in env.packages.items())),
+            ("seeds", ", ".join(f"{name} {seed}" for name, seed in env.seeds.items())),
+        ]
+        for name, value in pairs:
+            if value and value not in rows.setdefault(name, []):
+                rows[name].append(value)
+    return [(name, " | ".join(values)) for name, values in rows.items() if values]
+
+
+def _number_text(value: Any) -> str:
+    """1234567 -> 1,234,567; 0.123456 -> 0.1235."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or (value == int(value) if abs(value) < 1e15 else False):
+        return f"{int(value):,}" if isinstance(value, int) or abs(value) >= 1e4 else f"{value:.1f}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _memory(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"

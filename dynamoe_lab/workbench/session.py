@@ -1,0 +1,313 @@
+"""`start` and `Run`: a notebook's side of the workbench. It resolves the experiment, runs steps, and writes figures with their record.
+
+    run = lab.start("04_router_confusion", profile=profile, overrides=overrides, output=output)
+    routing = run.step(lab.trace_routing, model, blocks)
+    run.figure(ax, "router_confusion", data=frame, caption="...")
+    run.finish()
+
+The record is written after every call, so a run that dies shows what it had; without `finish` it reads as interrupted, never as done.
+"""
+
+import os
+import platform
+import random
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench import environment
+from dynamoe_lab.workbench.files import told_when_full, without_paths, write_atomic
+from dynamoe_lab.workbench.records import (
+    Artifact,
+    Environment,
+    Finding,
+    Record,
+    RunInfo,
+    Scalar,
+    StepUse,
+    StoredFile,
+    missing_files,
+    now,
+    process_identity,
+)
+from dynamoe_lab.workbench.steps import run_step
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dynamoe_lab.config import Experiment
+
+__all__ = ["Run", "run_command", "start"]
+
+CSV_LIMIT = 1_000_000  # bytes; a figure's frame is what it draws, not what it was computed from
+RUNNER_VARIABLE = "DYNAMOE_LAB_NOTEBOOK"  # set for the kernel by the notebook runner: the notebook that is running
+_SVG = {"svg.fonttype": "none", "svg.hashsalt": "dynamoe-lab"}  # text stays text; the same figure gives the same bytes
+
+
+def start(name: str, profile: str = "quick", overrides: Iterable[str] = (), output: str | Path | None = None) -> "Run":
+    """Open the run of one notebook: resolve its experiment, set threads and seeds, begin its record.
+
+    Args:
+        name: the notebook's name without suffix; results go to `<report folder>/<name>`.
+        profile: a file of `configs/`, or a path to a YAML file of differences.
+        overrides: experiment fields, e.g. `["dynamoe.theta=0.8"]`.
+        output: the report folder; relative paths start at the project root; empty or None: `reports/<profile>`.
+
+    Raises:
+        InputError: a name that is no file name, an unknown profile or field, an impossible value.
+    """
+    from dynamoe_lab.config import load_experiment, project_root
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise InputError(f"start({name!r}): the name becomes a folder; use letters, digits, '_', '-' and '.'")
+    expected = os.environ.get(RUNNER_VARIABLE)
+    if expected and expected != name:
+        raise InputError(f"start({name!r}): this notebook is {expected}; give its own name, or it overwrites another's results")
+    overrides = [str(override) for override in overrides]
+    experiment = load_experiment(profile, overrides)
+    root = project_root()
+    report = root / (output or Path("reports") / experiment.profile)
+    return Run(name, experiment, report / name, root, command=run_command(name, profile, overrides, report, root), overrides=overrides)
+
+
+def run_command(name: str, profile: str, given: Iterable[str], report: Path, root: Path) -> str:
+    """The shell line that makes a notebook's results again; `given` are its `-p` pairs, `report` its report folder."""
+    words = ["dynamoe-lab", "run", name, "--profile", profile]
+    for pair in given:
+        words += ["-p", pair]
+    if report != root / "reports" / Path(profile).stem:
+        words += ["--output", report.relative_to(root).as_posix() if report.is_relative_to(root) else str(report)]
+    return without_paths(shlex.join(words), root)
+
+
+class Run:
+    """An open run; made by `start`. `experiment` is the resolved experiment, `folder` where results go, `record` what is known so far."""
+
+    def __init__(
+        self,
+        name: str,
+        experiment: "Experiment",
+        folder: Path,
+        root: Path,
+        *,
+        command: str,
+        overrides: list[str],
+    ):
+        self.name, self.experiment, self.folder = name, experiment, folder
+        self._root, self._clock = root, time.perf_counter()
+        self._seed()
+        pid, process_started = process_identity()
+        info = RunInfo(
+            name=name,
+            profile=experiment.profile,
+            command=command,
+            overrides=without_paths(overrides, root),
+            config=without_paths(asdict(experiment), root),
+            started=now(),
+            pid=pid,
+            process_started=process_started,
+        )
+        self.record = Record(run=info, env=self._environment())
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def __repr__(self) -> str:
+        return f"Run({self.name!r}, profile={self.experiment.profile!r}, status={self.record.run.status!r})"
+
+    # --- what a notebook calls ---------------------------------------------------------------------------------------------------
+
+    def step(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Call a library function through the step cache (see `steps.run_step`).
+
+        Returns what the function returns; `(value, folder)` if it has a parameter `output_dir`. Arguments are never changed: a function
+        that trains in place works on a copy, and what it made is loaded from the folder.
+        """
+        from dynamoe_lab.assets import home
+
+        self._seed()  # a step's result must not depend on which steps were computed, not read, before it
+        done = run_step(function, args, kwargs, home=home())
+        self.record.results.steps.append(StepUse(function.__name__, done.key, done.cached, done.seconds, done.stale))
+        for parameter, mark in done.inputs.items():
+            if parameter in ("blocks", "calibration", "heldout", "model", "dense", "reference"):
+                self.record.env.fingerprints[f"{function.__name__}.{parameter}"] = mark
+        self._write()
+        return done.value
+
+    def figure(self, ax: Any, stem: str, *, data: "pd.DataFrame", caption: str) -> None:
+        """Write a figure as `<stem>.png` (150 dpi), `<stem>.svg` and the frame it draws as `<stem>.csv`.
+
+        Args:
+            ax: Axes, an array of Axes, or the Figure; it is not shown and not closed here.
+            stem: file name without suffix, once a run.
+            data: the frame that is drawn, <= 1 MB as csv.
+            caption: one or two sentences that say what the reader sees.
+
+        Raises:
+            InputError: a stem used twice or no file name; data too large (aggregate it); no caption.
+        """
+        import io
+
+        import matplotlib
+
+        self._check(stem, caption)
+        figure = _figure_of(ax)
+        contents = {f"{stem}.csv": _csv(data, stem)}
+        with matplotlib.rc_context(_SVG):
+            for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=metadata)
+                contents[f"{stem}.{kind}"] = buffer.getvalue()
+        self._store(self.record.results.figures, stem, caption, {name: contents[name] for name in sorted(contents)})
+
+    def table(self, frame: "pd.DataFrame", stem: str, *, caption: str) -> None:
+        """Write a frame as `<stem>.csv` (<= 1 MB); the report shows it as a table. Raises `InputError` as `figure` does."""
+        self._check(stem, caption)
+        self._store(self.record.results.tables, stem, caption, {f"{stem}.csv": _csv(frame, stem)})
+
+    def result(
+        self, name: str, value: float, *, n: int | None = None, low: float | None = None, high: float | None = None, unit: str = ""
+    ) -> None:
+        """Record one number, where there are such with its interval [low, high] and sample size n. Raises `InputError` if it is none."""
+        scalars = self.record.results.scalars
+        if any(scalar.name == name for scalar in scalars):
+            self._refuse_twice(f"result {name!r}")
+            scalars[:] = [scalar for scalar in scalars if scalar.name != name]
+        numbers = {"value": value, "n": n, "low": low, "high": high}
+        for place, number in numbers.items():
+            numbers[place] = number.item() if hasattr(number, "item") else number
+            if not isinstance(numbers[place], (int, float)) and not (place != "value" and number is None):
+                raise InputError(f"result {name!r}: {place} = {number!r} is no number")
+        if n is not None:
+            numbers["n"] = int(numbers["n"])
+        scalars.append(Scalar(name=name, unit=unit, **numbers))
+        self._write()
+
+    def finding(self, sentence: str, *, source: str) -> None:
+        """Record a sentence; `source` is the stem of the figure or table whose frame it was computed from."""
+        known = [artifact.stem for artifact in self.record.artifacts]
+        if source not in known:
+            raise InputError(f"finding: no figure or table {source!r} in this run yet; there is {', '.join(known) or 'none'}")
+        finding = Finding(" ".join(str(sentence).split()), source)
+        if finding not in self.record.results.findings:
+            self.record.results.findings.append(finding)
+        self._write()
+
+    def finish(self) -> None:
+        """Check that all files are there, remove files of earlier runs that this one did not make, set the status, print one line.
+
+        Raises `InputError` if a file of this run is gone or was changed.
+        """
+        if missing := missing_files(self.record, self.folder):
+            raise InputError(f"{self.name}: {', '.join(missing)} is gone or was changed since it was written; run the notebook again")
+        kept = {entry.name for artifact in self.record.artifacts for entry in artifact.files}
+        for path in self.folder.iterdir():
+            if path.suffix in (".png", ".svg", ".csv") and path.name not in kept:
+                path.unlink()
+        run, results = self.record.run, self.record.results
+        run.status, run.finished = "ok", now()
+        run.seconds = round(time.perf_counter() - self._clock, 3)
+        self.record.env = self._environment(self.record.env.fingerprints)  # torch may have come since the start
+        self._write()
+        counts = {"figure": results.figures, "table": results.tables, "result": results.scalars, "finding": results.findings}
+        parts = [f"{len(found)} {kind}{'s' if len(found) > 1 else ''}" for kind, found in counts.items() if found]
+        print(without_paths(f"{self.name}  ok  {', '.join(parts) or 'nothing recorded'}  in {self.folder}", self._root), flush=True)
+
+    # --- inside ------------------------------------------------------------------------------------------------------------------
+
+    def _check(self, stem: str, caption: str) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", stem) or stem in ("record", "notebook", "index"):
+            raise InputError(f"stem {stem!r}: it becomes a file name; use small letters, digits and '_', not record, notebook or index")
+        if not caption.strip():
+            raise InputError(f"{stem}: give a caption, one or two sentences that say what the reader sees")
+        if any(artifact.stem == stem for artifact in self.record.artifacts):
+            self._refuse_twice(f"stem {stem!r}")
+
+    def _refuse_twice(self, what: str) -> None:
+        """Two cells that use one name are a mistake, but in JupyterLab a person runs the same cell again."""
+        if os.environ.get(RUNNER_VARIABLE) or not _interactive():
+            raise InputError(f"{self.name}: {what} is used twice in this run; give each its own name")
+
+    def _store(self, shelf: list[Artifact], stem: str, caption: str, contents: dict[str, bytes]) -> None:
+        with told_when_full(self.folder, "free some, or choose another output"):
+            for name, content in contents.items():
+                write_atomic(self.folder / name, content)
+            for other in (self.record.results.figures, self.record.results.tables):
+                other[:] = [artifact for artifact in other if artifact.stem != stem]
+            shelf.append(Artifact(stem, " ".join(caption.split()), [StoredFile.of(self.folder / name) for name in contents]))
+            self._write()
+
+    def _write(self) -> None:
+        self.record.run.peak_memory_bytes = environment.peak_memory()
+        self.record.write(self.folder)
+
+    def _seed(self) -> None:
+        """Seeds of the global generators, and torch's threads; torch itself is not imported for it."""
+        seed, threads = self.experiment.seed, self.experiment.threads
+        random.seed(seed)
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed(seed % 2**32)
+        if threads:
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # for a torch that comes later
+        if torch := sys.modules.get("torch"):
+            torch.manual_seed(seed)
+            if threads:
+                torch.set_num_threads(threads)
+
+    def _environment(self, fingerprints: dict[str, str] | None = None) -> Environment:
+        experiment = self.experiment
+        commit, dirty = environment.git_state(self._root)
+        torch = sys.modules.get("torch")
+        data, method = asdict(experiment.data), asdict(experiment.dynamoe)
+        seeds = {"experiment": experiment.seed, "train": experiment.train.seed, **{k: v for k, v in method.items() if k.endswith("_seed")}}
+        return Environment(
+            commit=commit,
+            dirty=dirty,
+            code=environment.code_digest(),
+            python=platform.python_version(),
+            platform=environment.platform_name(),
+            threads=torch.get_num_threads() if torch else experiment.threads,
+            packages=environment.versions(),
+            seeds=seeds,
+            model=Path(experiment.model).name if Path(experiment.model).is_absolute() else experiment.model,
+            data=without_paths({name: value for name, value in data.items() if isinstance(value, str)}, self._root),
+            fingerprints=fingerprints or {},
+        )
+
+
+def _interactive() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
+
+
+def _figure_of(ax: Any) -> Any:
+    """The Figure of Axes, an array or list of Axes, a seaborn grid, or itself."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    if isinstance(ax, (np.ndarray, list, tuple)) and len(ax):
+        return _figure_of(ax[0])
+    figure = ax
+    for _ in range(3):  # Axes of a subfigure stand two levels deep
+        if isinstance(figure, Figure):
+            return figure
+        figure = getattr(figure, "figure", None)
+    raise InputError(f"figure: {type(ax).__name__} is neither Axes nor Figure")
+
+
+def _csv(frame: "pd.DataFrame", stem: str) -> bytes:
+    import pandas as pd
+
+    if not isinstance(frame, pd.DataFrame) or frame.empty:
+        raise InputError(f"{stem}: give the frame that is shown, with at least one row")
+    if not isinstance(frame.index, pd.RangeIndex):
+        frame = frame.reset_index() if any(name is not None for name in frame.index.names) else frame
+    content = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode("utf-8")
+    if len(content) > CSV_LIMIT:
+        raise InputError(f"{stem}.csv would take {len(content) / 1e6:.1f} MB (limit 1 MB): aggregate the frame to what the figure draws")
+    return content

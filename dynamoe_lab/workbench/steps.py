@@ -1,0 +1,242 @@
+"""The step cache: one expensive call of a library function, computed once, kept under `$DYNAMOE_LAB_HOME/steps`, shared by all notebooks.
+
+A step's key is a hash of the function's name and of the inputs that matter to it. The code is not in the key (a comment must not void
+hours of work): its digest is recorded, and a result made by other code reads as *stale*. Work happens in `scratch/<function>-<key>/` and
+moves into place when it is whole; a killed step leaves nothing half-done in sight, and a function that takes `output_dir` finds its files
+again and can resume. A step never changes its arguments: functions that train in place work on a copy.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench import environment
+from dynamoe_lab.workbench.files import file_digest, locked, read_json, told_when_full, write_json
+from dynamoe_lab.workbench.fingerprint import describe, fingerprint, is_module
+from dynamoe_lab.workbench.results import read_result, write_result
+
+__all__ = ["STEP_FORMAT", "StepResult", "run_step", "takes_output_dir"]
+
+STEP_FORMAT = 1  # part of every key: raise it when results of an older format can no longer be read
+
+
+class StepResult(NamedTuple):
+    """What a step gave, and how."""
+
+    value: Any  # the function's value; (value, folder) if the function takes `output_dir`
+    folder: Path  # the step's folder: step.json, the result's files, output/
+    key: str  # 32 hexadecimal digits; the folder's name has the first 16
+    cached: bool  # read, not computed, by this call
+    stale: bool  # made by other code than today's
+    seconds: float  # what the computation took when it was made
+    inputs: dict[str, str]  # fingerprint of every argument that is in the key
+
+
+class _Corrupt(Exception):
+    """A published step whose files are not what step.json says."""
+
+
+def takes_output_dir(function: Callable) -> bool:
+    """Whether a step of this function writes files of its own and hands out `(value, folder)`."""
+    return "output_dir" in inspect.signature(function).parameters
+
+
+def run_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any] | None = None, *, home: Path) -> StepResult:
+    """Call `function(*args, **kwargs)`, or hand out what an earlier call with equal inputs gave.
+
+    Arguments that do not matter to the result are left out of the key: `output_dir`, which the step chooses, and the names in the
+    function's attribute `step_ignores`, e.g. `train.step_ignores = ("progress", "config.log_steps")` (a dotted name is a field of a
+    dataclass argument).
+
+    Args:
+        function: a function that can be imported. It returns what `results.write_result` can keep.
+        home: the cache folder; `steps/`, `scratch/` and `locks/` are made in it.
+
+    Raises:
+        InputError: the disk is full; `output_dir` is given; the function has no importable name.
+        TypeError: an argument without a fingerprint, or a result that cannot be kept.
+    """
+    name = f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__qualname__") else ""
+    if not name or "<" in name or not inspect.isfunction(function):
+        raise InputError(f"run.step: {function!r} has no importable name; give a plain function of a module")
+    if "output_dir" in (kwargs or {}):
+        raise InputError(f"run.step({function.__name__}): leave output_dir out; the step chooses it and returns (value, folder)")
+    arguments = _arguments(function, args, kwargs or {})
+    inputs = _input_marks(function, arguments)
+    key = fingerprint({"format": STEP_FORMAT, "function": name, "inputs": inputs})
+    label = f"{function.__name__}-{key[:16]}"
+    folder, scratch = home / "steps" / label, home / "scratch" / label
+    with told_when_full(home, f"free some, or set DYNAMOE_LAB_HOME to another disk; what {label} wrote so far is kept in scratch"):
+        step, cached = None, True
+        with contextlib.suppress(_Corrupt):
+            step = _published(folder, key)
+        if step is None:
+            with locked(home / "locks" / f"{label}.lock", waits_for=f"step {label}"):
+                step = _published_or_set_aside(folder, key)  # the process we waited for may have made it
+                if step is None:
+                    step, cached = _compute(function, name, arguments, inputs, key, scratch, folder), False
+        value = read_result(folder, step["result"], device=_device(arguments))
+    if takes_output_dir(function):
+        value = (value, folder / "output")
+    stale = step["code"] != environment.code_digest(environment.ROOMS_WITHOUT_RESULTS)
+    return StepResult(value, folder, key, cached, stale, step["seconds"], inputs)
+
+
+# --- the key -----------------------------------------------------------------------------------------------------------------------
+
+
+def _arguments(function: Callable, args: Sequence, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    signature = inspect.signature(function)
+    given = dict(kwargs)
+    if "output_dir" in signature.parameters:
+        given["output_dir"] = None  # filled in when the step runs
+    bound = signature.bind(*args, **given)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _input_marks(function: Callable, arguments: dict[str, Any]) -> dict[str, str]:
+    ignored = ("output_dir", *getattr(function, "step_ignores", ()))
+    if unknown := [name for name in ignored[1:] if name.partition(".")[0] not in arguments]:
+        raise ValueError(f"{function.__qualname__}.step_ignores names {unknown[0]!r}, which is no parameter of it")
+    marks = {}
+    for name, value in arguments.items():
+        if name in ignored:
+            continue
+        fields = {entry.partition(".")[2] for entry in ignored if entry.startswith(f"{name}.")}
+        if fields and dataclasses.is_dataclass(value):
+            value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value) if item.name not in fields}
+        try:
+            marks[name] = fingerprint(value)
+        except TypeError as error:
+            raise TypeError(f"step {function.__qualname__}, argument {name}: {error}") from error
+    return marks
+
+
+def _device(arguments: dict[str, Any]) -> Any:
+    """Where a model that comes back belongs: where the one that went in is."""
+    for value in arguments.values():
+        if is_module(value):
+            return next((parameter.device for parameter in value.parameters()), "cpu")
+    return "cpu"
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------------------
+
+
+def _published(folder: Path, key: str) -> dict[str, Any] | None:
+    """step.json of a finished step whose files are all as they were written; None if there is none."""
+    if not folder.exists():
+        return None
+    try:
+        step = read_json(folder / "step.json")
+        if step["key"] != key or step["format"] != STEP_FORMAT:
+            raise _Corrupt("step.json belongs to another step")
+        for name, expected in step["files"].items():
+            path = folder / name
+            if path.stat().st_size != expected["bytes"] or file_digest(path) != expected[step["digest"]]:
+                raise _Corrupt(f"{name} is not what was written")
+    except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise _Corrupt(str(error)) from error
+    return step
+
+
+def _published_or_set_aside(folder: Path, key: str) -> dict[str, Any] | None:
+    try:
+        return _published(folder, key)
+    except _Corrupt as error:
+        aside = folder.with_name(f"{folder.name}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
+        os.replace(folder, aside)
+        print(f"step {folder.name} is damaged ({error}); set aside as {aside.name}, computing it again", file=sys.stderr, flush=True)
+        return None
+
+
+# --- computing ---------------------------------------------------------------------------------------------------------------------
+
+
+def _compute(
+    function: Callable, name: str, arguments: dict[str, Any], inputs: dict[str, str], key: str, scratch: Path, folder: Path
+) -> dict[str, Any]:
+    output = _clean_scratch(scratch, keep_output=takes_output_dir(function))
+    started, clock = datetime.now(UTC), time.perf_counter()
+    values = dict(arguments)
+    if output is not None:
+        values = {key: copy.deepcopy(value) if is_module(value) else value for key, value in values.items()}
+        values["output_dir"] = output
+    try:
+        value = _call(function, values)
+        seconds = time.perf_counter() - clock
+        if output is None:
+            _warn_of_changes(function, arguments, inputs)
+        step = {
+            "format": STEP_FORMAT,
+            "function": name,
+            "key": key,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": environment.peak_memory(),
+            "inputs": {
+                parameter: {"value": describe(given), "fingerprint": inputs.get(parameter, "not in the key")}
+                for parameter, given in arguments.items()
+                if parameter != "output_dir"
+            },
+            "code": environment.code_digest(environment.ROOMS_WITHOUT_RESULTS),
+            "commit": environment.git_state(environment.package_root().parent)[0],
+            "versions": {k: v for k, v in environment.versions().items() if k in ("torch", "transformers", "numpy", "pandas")},
+            "result": write_result(value, scratch, output=output),
+            "digest": "xxh3_128",
+        }
+    except BaseException as error:
+        if isinstance(error, Exception) and (output is None or not any(output.iterdir())):  # nothing in it to go on with
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    files = sorted(path for path in scratch.rglob("*") if path.is_file())
+    step["files"] = {p.relative_to(scratch).as_posix(): {"bytes": p.stat().st_size, "xxh3_128": file_digest(p)} for p in files}
+    write_json(scratch / "step.json", step)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(scratch, folder)
+    return step
+
+
+def _clean_scratch(scratch: Path, *, keep_output: bool) -> Path | None:
+    """An empty scratch folder; with `keep_output`, one whose `output/` is as an earlier, killed process left it."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    for item in scratch.iterdir():
+        if keep_output and item.name == "output":
+            continue
+        shutil.rmtree(item) if item.is_dir() else item.unlink()
+    if not keep_output:
+        return None
+    (scratch / "output").mkdir(exist_ok=True)
+    return scratch / "output"
+
+
+def _call(function: Callable, values: dict[str, Any]) -> Any:
+    positional, named = [], {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional.extend(values[name])
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            named.update(values[name])
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            named[name] = values[name]
+        else:
+            positional.append(values[name])
+    return function(*positional, **named)
+
+
+def _warn_of_changes(function: Callable, arguments: dict[str, Any], inputs: dict[str, str]) -> None:
+    """A cached call would not change a model; say so if this one did, for the notebook's next cell must not depend on it."""
+    for name, value in arguments.items():
+        if name in inputs and is_module(value) and fingerprint(value) != inputs[name]:
+            print(f"step {function.__qualname__} changed its argument {name} in place; a cached call does not", file=sys.stderr, flush=True)

@@ -1,0 +1,203 @@
+"""The report page: a pure function of records, safe with hostile text, without torch and without other hosts."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench.records import Artifact, Environment, Finding, Record, Results, RunError, RunInfo, Scalar, StepUse, StoredFile
+from dynamoe_lab.workbench.report import build_report
+
+CHECKOUT = Path(__file__).parents[1]
+PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (640).to_bytes(4, "big") + (480).to_bytes(4, "big") + b"\x08\x06\x00\x00\x00"
+HOSTILE = "<script>alert(1)</script>\" onload='x' & <b>θ</b>"
+
+
+def write_run(report: Path, name: str, *, caption: str = "A caption.", status: str = "ok", error: RunError | None = None) -> Record:
+    folder = report / name
+    folder.mkdir(parents=True)
+    contents = {
+        "usage.png": PNG,
+        "usage.svg": b"<svg/>",
+        "usage.csv": b"a,b\n1,2\n",
+        "summary.csv": b"name,share_of_all\nx,0.123456789\n<i>,3\n",
+    }
+    for file, content in contents.items():
+        (folder / file).write_bytes(content)
+    (folder / "notebook.html").write_text("<p>")
+    config = {"model": "smollm2-135m", "dynamoe": {"theta": 0.9, "experts": [0.25, 1.0], "lambda_lm": 1.0, "lambda_router": 1.0}}
+    files = [StoredFile.of(folder / f"usage.{kind}") for kind in ("csv", "png", "svg")]
+    record = Record(
+        RunInfo(
+            name,
+            title=f"Title {name}",
+            question=f"Who? {caption}",
+            command=f"dynamoe-lab run {name} --profile quick",
+            config={**config, "data": {"train_tokens": 102_400}},
+            status=status,
+            error=error,
+            finished="2026-11-22T10:00:00+00:00",
+            seconds=75.0,
+            peak_memory_bytes=3 * 2**30,
+        ),
+        Results(
+            scalars=[Scalar("accuracy", 0.791234, n=491520, low=0.78, high=0.8), Scalar("weights", 134_515_008, unit="parameters")],
+            figures=[Artifact("usage", caption, files)],
+            tables=[Artifact("summary", caption, [StoredFile.of(folder / "summary.csv")])],
+            findings=[Finding(f"It works. {caption}", "usage")],
+            steps=[StepUse("train", "a" * 32, True, 486.0, True)],
+        ),
+        Environment(commit="c0ffee" * 4, dirty=True, code="d" * 32, python="3.11.7", packages={"torch": "2.13.0"}, seeds={"train": 0}),
+    )
+    record.write(folder)
+    return record
+
+
+class Page(HTMLParser):
+    """Tags, ids and links of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.ids, self.links, self.images, self.text = [], set(), [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.tags.append(tag)
+        self.ids |= {values["id"]} if "id" in values else set()
+        self.links += [values[name] for name in ("href", "src") if name in values]
+        self.images += [values] if tag == "img" else []
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def report(tmp_path):
+    folder = tmp_path / "reports" / "quick"
+    write_run(folder, "04_router_confusion")
+    write_run(folder, "02_difficulty")
+    return folder
+
+
+def test_the_same_records_give_the_same_bytes(report, tmp_path):
+    first = build_report(report).read_bytes()
+    assert build_report(report).read_bytes() == first
+    shutil.copytree(report, tmp_path / "elsewhere")
+    assert build_report(tmp_path / "elsewhere").read_bytes() == first
+    assert str(tmp_path).encode() not in first
+
+
+def test_everything_recorded_is_shown_and_every_link_leads_somewhere(report):
+    text = build_report(report).read_text()
+    page = Page(text)
+    for link in page.links:
+        target = link.removeprefix("#")
+        assert (target in page.ids) if link.startswith("#") else link.startswith("data:") or (report / link).is_file(), link
+    assert [image["src"] for image in page.images] == ["02_difficulty/usage.png", "04_router_confusion/usage.png"]
+    assert all(image["alt"] == "A caption." and image["width"] == "427" for image in page.images)
+    for shown in (
+        "0.7912",
+        "[0.78, 0.8]",
+        "491,520",
+        "134,515,008 parameters",
+        "75 s",
+        "peak 3.0 GB",
+        "102,400",
+        "share of all",
+        "0.12346",
+    ):
+        assert shown in page.text, shown
+    assert "dynamoe-lab run 04_router_confusion --profile quick" in page.text
+    assert "c0ffeec0ffee with uncommitted changes" in page.text
+    assert "read from the cache stale" in " ".join(page.text.split())
+    assert page.text.index("Title 02_difficulty") < page.text.index("Title 04_router_confusion")
+    assert "not run" not in page.text
+
+
+def test_the_page_asks_no_other_host_for_anything(report):
+    text = build_report(report).read_text()
+    assert not re.search(r"https?://|(src|href)=[\"']//|url\(|@import", text)
+    assert "<script" not in text
+
+
+def test_hostile_text_stays_text(tmp_path):
+    report = tmp_path / "quick"
+    error = RunError(HOSTILE, HOSTILE, 3, HOSTILE, [HOSTILE])
+    write_run(report, "04_a", caption=HOSTILE, status="failed", error=error)
+    page = Page(build_report(report).read_text())
+    assert {"script", "i"} & set(page.tags) == set()
+    assert page.text.count("<script>alert(1)</script>") >= 8
+    assert page.images[0]["alt"] == HOSTILE
+    assert "onload" not in page.images[0]
+
+
+def test_failed_interrupted_and_missing_notebooks_are_named(report):
+    write_run(report, "05_usage", status="failed", error=RunError("ValueError", "too hot", 5, "Train it", ["line 1", "line 2"]))
+    write_run(report, "06_pareto", status="running")
+    names = ["02_difficulty", "04_router_confusion", "05_usage", "06_pareto", "07_collapse"]
+    page = Page(build_report(report, expected=names).read_text())
+    text = " ".join(page.text.split())
+    assert "ValueError in cell 5 (Train it): too hot line 1 line 2" in text
+    assert "Title 06_pareto interrupted dynamoe-lab run 06_pareto --profile quick" in text
+    assert "07_collapse not run dynamoe-lab run 07_collapse --profile quick" in text
+
+
+def test_notebooks_of_the_project_are_expected(report, tmp_path):
+    shutil.copytree(CHECKOUT / "configs", tmp_path / "configs")
+    (tmp_path / "notebooks").mkdir()
+    for name in ("02_difficulty", "03_train_router", "04_router_confusion"):
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text("{}")
+    text = " ".join(Page(build_report(report).read_text()).text.split())
+    assert "03_train_router not run" in text
+    assert "02_difficulty not run" not in text
+
+
+def test_files_that_are_gone_are_told(report):
+    (report / "02_difficulty" / "usage.png").unlink()
+    (report / "02_difficulty" / "summary.csv").unlink()
+    page = Page(build_report(report).read_text())
+    assert len(page.images) == 1
+    assert "Missing since the run: usage.png." in page.text
+    assert "Missing since the run: summary.csv." in page.text
+
+
+def test_long_tables_are_cut(report):
+    rows = "".join(f"{i},{i / 7}\n" for i in range(100))
+    (report / "02_difficulty" / "summary.csv").write_text("a,b\n" + rows)
+    assert "60 more rows in the csv" in Page(build_report(report).read_text()).text
+
+
+def test_a_random_model_is_told(report):
+    record = write_run(report, "08_smoke")
+    record.run.config["model"] = "smollm2-pico"
+    record.write(report / "08_smoke")
+    assert "random and small" in build_report(report).read_text()
+
+
+def test_a_folder_without_records_is_bad_input(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match="no records in this folder"):
+            build_report(folder)
+    write_run(tmp_path, "04_a")
+    (tmp_path / "04_a" / "record.json").write_text("{")
+    with pytest.raises(InputError, match=r"04_a.record\.json"):
+        build_report(tmp_path)
+
+
+def test_it_works_without_torch(report):
+    script = (
+        "import sys\nfor name in ('torch', 'transformers', 'pandas', 'papermill', 'matplotlib'): sys.modules[name] = None\n"
+        "from dynamoe_lab.workbench.report import build_report\nbuild_report(sys.argv[1])"
+    )
+    expected = build_report(report).read_bytes()
+    (report / "index.html").unlink()
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    subprocess.run([sys.executable, "-c", script, str(report)], check=True, env=environment, timeout=60)
+    assert (report / "index.html").read_bytes() == expected

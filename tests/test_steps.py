@@ -1,0 +1,330 @@
+"""The step cache: what is in a key, what is handed out, and what a killed process, a full or a damaged disk leave behind."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_converted
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench import steps
+from dynamoe_lab.workbench.fingerprint import fingerprint
+from dynamoe_lab.workbench.steps import run_step
+
+CALLS: list[str] = []
+
+
+@dataclass
+class Settings:
+    steps: int = 3
+    log_steps: int = 1
+    rates: tuple[float, ...] = (0.1, 0.2)
+
+
+def table(rows: int, scale: float = 1.0, progress: bool = True) -> pd.DataFrame:
+    CALLS.append("table")
+    frame = pd.DataFrame(
+        {
+            "layer": np.arange(rows, dtype="int8"),
+            "share": np.linspace(0, scale, rows, dtype="float32"),
+            "domain": pd.Categorical(["web", "code"] * (rows // 2), categories=["web", "code", "math"], ordered=True),
+            "expert": pd.Categorical(np.arange(rows, dtype="int8") % 4),
+            "theta": pd.Categorical([0.7, 0.9] * (rows // 2)),
+            "name": ["a", None] * (rows // 2),
+        }
+    )
+    frame.attrs = {"unit": "share", "limits": [0, 1]}
+    return frame
+
+
+table.step_ignores = ("progress",)
+
+
+def number(settings: Settings) -> dict:
+    CALLS.append("number")
+    return {"loss": np.float64(0.1) + 0.2, "steps": settings.steps, "list": [1, None, True], "nan": float("nan")}
+
+
+number.step_ignores = ("settings.log_steps",)
+
+
+def both(rows: int) -> tuple:
+    return table(rows), {"rows": rows}, "text"
+
+
+def same_model(model):
+    return model
+
+
+def trains(model, rate: float, *, output_dir, fail: bool = False) -> float:
+    CALLS.append("trains")
+    seen = Path(output_dir) / "progress.txt"
+    begun = seen.exists()
+    seen.write_text("half")
+    if fail and not begun:
+        raise RuntimeError("power cut")
+    with torch.no_grad():
+        model.weight.mul_(rate)
+    Path(output_dir, "resumed.txt").write_text(str(begun))
+    return model.weight.detach().sum().item()
+
+
+trains.step_ignores = ("fail",)
+
+
+def careless(model) -> float:
+    with torch.no_grad():
+        model.weight.zero_()
+    return 0.0
+
+
+def reads(folder: Path) -> str:
+    return folder.joinpath("a.txt").read_text()
+
+
+def returns_object(kind: str):
+    return {"object": object(), "key": {1: 2}, "sparse": pd.DataFrame({"s": pd.Series([1, 2], dtype="object")})}[kind]
+
+
+def fills_the_disk(size: int) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_calls():
+    CALLS.clear()
+
+
+# --- the cache ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_first_and_cached_results_are_equal(tmp_path):
+    first = run_step(table, (8,), home=tmp_path)
+    second = run_step(table, (), {"rows": 8, "scale": 1.0, "progress": False}, home=tmp_path)
+    assert CALLS == ["table"]
+    assert (first.cached, second.cached) == (False, True)
+    assert first.key == second.key
+    assert first.folder == second.folder
+    assert not second.stale
+    pd.testing.assert_frame_equal(first.value, second.value)
+    pd.testing.assert_frame_equal(first.value, table(8))  # dtypes and categories, also of numbers, came through parquet
+    assert first.value.attrs == table(8).attrs
+    assert run_step(table, (8, 2.0), home=tmp_path).key != first.key
+
+
+def test_step_json_says_what_and_with_what(tmp_path):
+    done = run_step(table, (4,), home=tmp_path)
+    step = json.loads((done.folder / "step.json").read_text())
+    assert done.folder == tmp_path / "steps" / f"table-{done.key[:16]}"
+    assert step["function"].endswith("test_steps.table")
+    assert step["key"] == done.key
+    assert step["digest"] == "xxh3_128"
+    assert step["inputs"]["rows"]["value"] == 4
+    assert step["inputs"]["progress"]["fingerprint"] == "not in the key"
+    assert set(step["files"]) == {"result.parquet"}
+    assert step["seconds"] >= 0
+    assert step["versions"]["torch"]
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_json_results_and_ignored_fields(tmp_path):
+    first = run_step(number, (Settings(),), home=tmp_path).value
+    assert first["loss"] == 0.1 + 0.2
+    assert first["list"] == [1, None, True]
+    assert np.isnan(first["nan"])
+    assert run_step(number, (replace(Settings(), log_steps=9),), home=tmp_path).cached
+    assert not run_step(number, (replace(Settings(), steps=9),), home=tmp_path).cached
+
+
+def test_tuples_come_back_entry_by_entry(tmp_path):
+    frame, counts, text = run_step(both, (4,), home=tmp_path).value
+    pd.testing.assert_frame_equal(frame, table(4))
+    assert (counts, text) == ({"rows": 4}, "text")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_come_back_as_they_were(tmp_path, dtype):
+    model = make_converted().to(dtype)
+    first = run_step(same_model, (model,), home=tmp_path)
+    second = run_step(same_model, (model,), home=tmp_path)
+    assert second.cached
+    assert first.value is not model
+    assert first.value.dtype == dtype
+    assert fingerprint(first.value) == fingerprint(second.value)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, second.value.state_dict()[name])
+    assert list(first.folder.glob("model/*.safetensors"))
+
+
+def test_output_dir_is_published_and_the_model_given_is_left_as_it_was(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    done = run_step(trains, (model, 0.5), home=tmp_path)
+    value, folder = done.value
+    assert value == pytest.approx(float(before.sum()) * 0.5)
+    assert folder == done.folder / "output"
+    assert (folder / "resumed.txt").read_text() == "False"
+    assert torch.equal(model.weight, before)
+    assert run_step(trains, (model, 0.5), home=tmp_path).cached
+
+
+def test_a_failed_output_dir_step_finds_its_files_again(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_step(trains, (model, 0.5), {"fail": True}, home=tmp_path)
+    assert not (tmp_path / "steps").exists()
+    _, folder = run_step(trains, (model, 0.5), home=tmp_path).value
+    assert (folder / "resumed.txt").read_text() == "True"
+
+
+def test_a_step_that_changes_its_model_in_place_is_told_on(tmp_path, capsys):
+    run_step(careless, (torch.nn.Linear(2, 2),), home=tmp_path)
+    assert "changed its argument model in place" in capsys.readouterr().err
+
+
+def test_paths_count_by_content(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.txt").write_text("one")
+    assert run_step(reads, (tmp_path / "a",), home=tmp_path / "home").value == "one"
+    os.rename(tmp_path / "a", tmp_path / "b")
+    assert run_step(reads, (tmp_path / "b",), home=tmp_path / "home").cached
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "nojson", "empty"])
+def test_a_damaged_step_is_set_aside_and_made_again(tmp_path, capsys, damage):
+    first = run_step(table, (4,), home=tmp_path)
+    path = first.folder / "result.parquet"
+    content = path.read_bytes()
+    if damage == "flip":
+        path.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    elif damage == "cut":
+        path.write_bytes(content[:-1])
+    elif damage == "remove":
+        path.unlink()
+    elif damage == "nojson":
+        (first.folder / "step.json").write_text('{"key": ')
+    else:
+        (first.folder / "step.json").write_text("[]")
+    again = run_step(table, (4,), home=tmp_path)
+    assert not again.cached
+    pd.testing.assert_frame_equal(again.value, first.value)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "is damaged" in told
+    assert len(list((tmp_path / "steps").glob("*.corrupt-*"))) == 1
+    assert run_step(table, (4,), home=tmp_path).cached
+
+
+def test_other_code_makes_a_result_stale_not_void(tmp_path, monkeypatch):
+    run_step(table, (4,), home=tmp_path)
+    monkeypatch.setattr(steps.environment, "code_digest", lambda without=(): "other")
+    again = run_step(table, (4,), home=tmp_path)
+    assert again.cached
+    assert again.stale
+
+
+@pytest.mark.parametrize(("kind", "message"), [("object", "returned builtins.object"), ("key", "the key 1"), ("sparse", "columns s")])
+def test_results_that_cannot_be_kept_are_refused(tmp_path, kind, message):
+    with pytest.raises(TypeError, match=message):
+        run_step(returns_object, (kind,), home=tmp_path)
+
+
+def test_bad_calls_are_told(tmp_path):
+    with pytest.raises(TypeError, match="argument rows"):
+        run_step(table, (object(),), home=tmp_path)
+    with pytest.raises(InputError, match="leave output_dir out"):
+        run_step(trains, (torch.nn.Linear(1, 1), 0.5), {"output_dir": tmp_path}, home=tmp_path)
+    with pytest.raises(InputError, match="no importable name"):
+        run_step(lambda: 1, home=tmp_path)
+    with pytest.raises(TypeError, match="missing a required argument"):
+        run_step(table, home=tmp_path)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"no space left in .*MB free.*DYNAMOE_LAB_HOME"):
+        run_step(fills_the_disk, (1,), home=tmp_path)
+
+
+# --- several processes -------------------------------------------------------------------------------------------------------------
+
+SLOW = """
+import sys, time
+from pathlib import Path
+import pandas as pd
+
+def slow(seconds: float, log: str, *, output_dir) -> pd.DataFrame:
+    out = Path(output_dir)
+    with open(log, "a") as stream:
+        stream.write("started\\n")
+    done = len(list(out.glob("part*")))
+    for part in range(done, 5):
+        (out / f"part{part}").write_text(str(part))
+        print("part", part, flush=True)
+        time.sleep(seconds)
+    return pd.DataFrame({"part": sorted(int(p.read_text()) for p in out.glob("part*")), "resumed": done})
+
+def quick(seconds: float, log: str) -> pd.DataFrame:
+    with open(log, "a") as stream:
+        stream.write("started\\n")
+    print("part 0", flush=True)
+    time.sleep(seconds)
+    return pd.DataFrame({"x": [1, 2]})
+
+slow.step_ignores = quick.step_ignores = ("seconds",)
+
+if __name__ == "__main__":
+    import slow_steps
+    from dynamoe_lab.workbench.steps import run_step
+    done = run_step(getattr(slow_steps, sys.argv[1]), (float(sys.argv[2]), sys.argv[3]), home=Path(sys.argv[4]))
+    print("cached", done.cached, done.value[0].to_dict("list") if isinstance(done.value, tuple) else done.value.to_dict("list"))
+"""
+
+
+def _spawn(tmp_path: Path, function: str, seconds: float) -> subprocess.Popen:
+    script = tmp_path / "slow_steps.py"
+    script.write_text(textwrap.dedent(SLOW))
+    arguments = [sys.executable, str(script), function, str(seconds), str(tmp_path / "log"), str(tmp_path / "home")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])}
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("function", ["slow", "quick"])
+def test_a_killed_step_is_made_right_the_next_time(tmp_path, function):
+    process = _spawn(tmp_path, function, 30)
+    assert process.stdout.readline().startswith("part 0")
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    home = tmp_path / "home"
+    assert not list((home / "steps").glob("*"))  # nothing half-done in sight
+    assert len(list((home / "scratch").iterdir())) == 1
+    out, err = _spawn(tmp_path, function, 0).communicate(timeout=60)
+    expected = {"part": [0, 1, 2, 3, 4], "resumed": [1] * 5} if function == "slow" else {"x": [1, 2]}
+    assert f"cached False {expected}" in out, err
+    assert len(list((home / "steps").iterdir())) == 1
+    assert not list((home / "scratch").iterdir())
+    assert f"cached True {expected}" in _spawn(tmp_path, function, 0).communicate(timeout=60)[0]
+
+
+def test_two_processes_compute_a_step_once(tmp_path):
+    first = _spawn(tmp_path, "quick", 4)
+    assert first.stdout.readline().startswith("part 0")
+    began = time.monotonic()
+    second = _spawn(tmp_path, "quick", 0)
+    out, err = second.communicate(timeout=60)
+    assert "cached True {'x': [1, 2]}" in out
+    assert time.monotonic() - began > 1
+    assert "waiting for step quick-" in err
+    assert f"held by pid {first.pid}" in err
+    assert "cached False" in first.communicate(timeout=60)[0]
+    assert (tmp_path / "log").read_text() == "started\n"
