@@ -5,9 +5,8 @@ expert, probability, surprisal): one row per token and layer; label and expert c
 counted once per document, layer, label and expert; the numbers and their document bootstrap are computed from
 those counts, so that 500 K rows take about a second.
 
-A router's accuracy and its share of neighbouring errors mean nothing alone (claims of arXiv 2502.12325): `router_chance` sets beside them the commonest label of each layer,
-independence of expert
-and label, and a router that sees only the token's id.
+A router's accuracy and its share of neighbouring errors mean nothing alone (claims of arXiv 2502.12325): `router_chance` sets
+beside them the commonest label of each layer, independence of expert and label, and a router that sees only the token's id.
 """
 
 from dynamoe_lab.analysis.metrics.curves import importance_curves, smooth_steps
