@@ -67,3 +67,16 @@ def test_broken_profile_files(tmp_path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=r"broken\.yaml"):
         load_experiment(str(path))
+
+
+def test_every_field_is_read_somewhere():
+    """A setting that nothing reads is a lie: each field's name occurs in the code or in a notebook, config.py aside."""
+    from pathlib import Path
+
+    root = Path(__file__).parents[1]
+    code = [path.read_text() for path in (root / "dynamoe_lab").rglob("*.py") if path.name not in ("config.py", "configuration_dynamoe.py")]
+    code += [path.read_text() for path in (root / "notebooks").glob("*.ipynb")]
+    own = (root / "dynamoe_lab" / "models" / "configuration_dynamoe.py").read_text()
+    for name in field_names():
+        last = name.rsplit(".", 1)[-1]
+        assert any(f".{last}" in text for text in code) or (f"self.{last}" in own and name.startswith("dynamoe.")), f"nothing reads {name}"
