@@ -69,3 +69,18 @@ def _own_home(tmp_path_factory, monkeypatch, request):
     """Tests write to a cache of their own; those that need the real assets share the machine's."""
     if "real" not in request.keywords and "assets" not in request.keywords:
         monkeypatch.setenv("DYNAMOE_LAB_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A cache of the test module's own for steps; the assets in it are those of the machine."""
+    from dynamoe_lab.assets import home as machine_home
+    from dynamoe_lab.data import load_blocks
+    from dynamoe_lab.loading import load_model
+
+    _, tokenizer = load_model("smollm2-pico")
+    load_blocks("c4", tokenizer, context=8, tokens=8)
+    folder = tmp_path_factory.mktemp("home-with-assets")
+    for part in ("assets", "models"):
+        (folder / part).symlink_to(machine_home() / part)
+    return folder

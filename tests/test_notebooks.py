@@ -27,23 +27,6 @@ COLUMNS = {  # of the documented tables
 }
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A cache of this module's own for steps; the assets are those of the machine."""
-    from dynamoe_lab.assets import home as machine_home
-    from dynamoe_lab.loading import load_model
-
-    load_model("smollm2-pico")
-    from dynamoe_lab.data import load_blocks
-    from dynamoe_lab.loading import load_tokenizer
-
-    load_blocks("c4", load_tokenizer("smollm2-pico"), context=8, tokens=8)
-    folder = tmp_path_factory.mktemp("notebooks-home")
-    for part in ("assets", "models"):
-        (folder / part).symlink_to(machine_home() / part)
-    return folder
-
-
 def environment(home):
     return {**os.environ, "DYNAMOE_LAB_HOME": str(home), "HF_HUB_OFFLINE": "1"}
 
@@ -149,37 +132,3 @@ def test_killed_in_a_notebook_the_same_command_finishes(home, report, tmp_path):
     run(own, tmp_path / "report", "03")
     assert record(tmp_path / "report", "03_train_router")["run"]["status"] == "ok"
     assert checkpoint(own).read_bytes() == checkpoint(home).read_bytes()
-
-
-@pytest.mark.assets
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["run", "99"], "99"),
-        (["run", "04_router_confusoin"], "04_router_confusion"),
-        (["run", "04", "-p", "tetha=1"], "tetha"),
-        (["run", "00", "-p", "new_tokens=many"], "new_tokens"),
-        (["run", "04", "-p", "dynamoe.theta=2"], "theta"),
-        (["run", "04", "-p", "novalue"], "novalue"),
-        (["run", "04", "--profile", "qick"], "qick"),
-        (["report", "nowhere"], "nowhere"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(home, arguments, says, tmp_path):
-    if arguments[0] == "run":
-        arguments = [*arguments, "--output", str(tmp_path / "report")]
-    done = subprocess.run(
-        [sys.executable, "-m", "dynamoe_lab", *arguments], env=environment(home), cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.assets
-def test_bad_input_inside_a_notebook_is_told_too(home, tmp_path):
-    done = run(home, tmp_path / "report", "04", "-p", "data.heldout_tokens=999999999", check=False)
-    assert done.returncode == 2
-    assert "ask for at most" in done.stderr
-    assert record(tmp_path / "report", "04_router_confusion")["run"]["status"] == "failed"

