@@ -32,10 +32,10 @@ report: env
 	$(BIN)/dynamoe-lab run --profile quick
 
 test: env
-	HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-real: env
-	HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(BIN)/python -m pytest -m real
+	$(BIN)/python -m pytest -m real
 
 lab: env
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_explore.ipynb

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import SchedulerType
+
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models.configuration_dynamoe import DynaMoEConfig
 
@@ -20,7 +22,7 @@ __all__ = ["DataConfig", "EvaluateConfig", "Experiment", "TrainConfig", "load_ex
 def _at_least(section: str, values: Any, **minimum: float) -> None:
     for name, least in minimum.items():
         value = getattr(values, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # so that a nan is refused, too
             raise InputError(f"{section}.{name} = {value}: give a number of at least {least}")
 
 
@@ -57,7 +59,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     save_steps: int = 25  # a killed run loses at most this many steps
     log_steps: int = 10  # a progress line every so many steps; the frame has a row for every step
-    divergence: float = 3.0  # stop when the mean LM loss of 10 steps exceeds this many times that of the first 10; 0: never
+    divergence: float = 1.0  # stop when the mean LM loss of 10 steps is this many nats above the lowest such mean; 0: never
     seed: int = 0
     gradient_checkpointing: bool = False
     report_to: list[str] = field(default_factory=list)  # Trainer's trackers by name: tensorboard, wandb, trackio, mlflow
@@ -65,6 +67,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, batch_size=1, accumulation=1, mlp_lr=0, router_lr=0, weight_decay=0, warmup_steps=0)
         _at_least("train", self, max_grad_norm=0, save_steps=1, log_steps=1, divergence=0)
+        schedules = [kind.value for kind in SchedulerType]
+        if self.schedule not in schedules:
+            raise InputError(f"train.schedule = {self.schedule!r}: choose one of {', '.join(schedules)}")
 
 
 @dataclass
@@ -91,7 +96,7 @@ class Experiment:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     threads: int | None = None  # torch threads; null: what torch chooses
-    seed: int = 0
+    seed: int = 0  # of the order of documents and of the global generators; train.seed and dynamoe.*_seed are their own
     data: DataConfig = field(default_factory=DataConfig)
     dynamoe: DynaMoEConfig = field(default_factory=DynaMoEConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

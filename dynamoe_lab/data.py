@@ -23,7 +23,7 @@ from dynamoe_lab.texts import Source, find_sources
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SPLITS", "Blocks", "as_blocks", "concatenate", "load_blocks", "split_of"]
+__all__ = ["SPLITS", "Blocks", "as_blocks", "concatenate", "load_blocks", "require_blocks", "split_of"]
 
 Split = Literal["train", "calibration", "heldout", "all"]
 SPLITS = ("train", "calibration", "heldout", "all")
@@ -95,6 +95,14 @@ def as_blocks(blocks: "Blocks | torch.Tensor") -> Blocks:
     ids = blocks.long()
     document = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids).clone()
     return Blocks(ids, document, ["text"] * len(ids))
+
+
+def require_blocks(blocks: "Blocks | torch.Tensor", function: str) -> Blocks:
+    """`as_blocks`, for a function that needs at least one block. Raises `InputError` naming the function if there is none."""
+    blocks = as_blocks(blocks)
+    if len(blocks) == 0:
+        raise InputError(f"{function}: no blocks of text; ask load_blocks for more tokens")
+    return blocks
 
 
 def concatenate(parts: Iterable[Blocks]) -> Blocks:

@@ -88,7 +88,7 @@ def pickled(folder):
     [
         (unsupported, ["gpt2", "not supported", "llama"]),
         (converted, ["converted one already", "dense parent"]),
-        (truncated, ["model.safetensors"]),
+        (truncated, ["cut off or damaged", "copy it again"]),
         (pickled, ["safetensors"]),
     ],
 )

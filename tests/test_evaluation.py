@@ -168,3 +168,9 @@ def test_logit_change(blocks):
 
 def test_traces_are_frames_of_plain_types(blocks):
     assert isinstance(trace_routing(make_converted(), blocks), pd.DataFrame)
+
+
+@pytest.mark.parametrize("function", [trace_routing, document_losses, expert_similarity, evaluate_perplexity])
+def test_no_text_is_told(function):
+    with pytest.raises(InputError, match=r"no blocks of text"):
+        function(make_converted(), torch.zeros(0, 8, dtype=torch.long))

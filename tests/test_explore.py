@@ -34,6 +34,14 @@ def test_pieces_make_up_the_text(tokenizer):
     assert len(routing) == 3 * len(pieces)
 
 
+def test_characters_of_several_tokens_are_shown_once(tokenizer):
+    text = "a\N{GRINNING FACE}b \N{LATIN SMALL LETTER E WITH ACUTE}"
+    routing = trace_text(make_converted(), tokenizer, text)
+    pieces = routing[routing["layer"] == 0].sort_values("position")["token"]
+    assert len(pieces) > len(text)
+    assert "".join(pieces) == text
+
+
 def test_text_is_escaped(tokenizer):
     page = render_tokens(trace_text(make_converted(), tokenizer, HOSTILE), fractions=(0.25, 0.5, 0.75, 1.0), title=HOSTILE)
     assert "<script" not in page

@@ -294,8 +294,14 @@ def test_save_and_load(family, blocks, tmp_path):
     assert torch.equal(loaded.eval()(blocks.ids).logits, model(blocks.ids).logits)
     assert DynaMoEConfig.from_dict(loaded.config.moe) == model.moe
     assert not list(tmp_path.glob("*.bin"))
+    model.config.moe = {**model.config.moe, "trained_tokens": 1234}
+    model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
+    assert "1,234 tokens" in card
     assert "theta" in card
+    (tmp_path / "README.md").write_text("my own words")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my own words"
     assert str(Path.home()) not in card + (tmp_path / "config.json").read_text()
 
 

@@ -98,6 +98,11 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         train(make_converted(theta=0.5), make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
     with pytest.raises(InputError, match="other inputs"):
         train(make_converted(), make_blocks(16, seed=9), CONFIG, output_dir=tmp_path, progress=False)
+    other = make_converted(dense=make_dense(attention_bias=False, initializer_range=0.1))
+    before = weights(other)
+    with pytest.raises(InputError, match="other inputs"):
+        train(other, make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
 
 
 def test_bad_inputs(tmp_path):
@@ -141,20 +146,77 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path, monkeypatch):
         train(make_converted(), make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
 
 
-def test_a_runaway_loss_stops(tmp_path, monkeypatch):
+def test_an_absurd_rate_ends_in_a_message(tmp_path):
+    """A rate that overflows float32: no injected number, the real thing."""
+    config = TrainConfig(steps=60, batch_size=2, warmup_steps=10, mlp_lr=1e30, router_lr=1e30, max_grad_norm=0.0)
+    with pytest.raises(TrainingDiverged, match=r"(finite|loss is (nan|inf)).*lower train.mlp_lr"):
+        train(make_converted(), make_blocks(16), config, output_dir=tmp_path, progress=False)
+
+
+def test_a_loss_that_runs_away_stops(tmp_path, monkeypatch):
+    """It falls to 3 nats, then climbs 0.2 a step: stopped when ten steps are on average a nat above the best ten."""
     from dynamoe_lab.training import dynamoe
 
     original = dynamoe.DynaMoETrainer.compute_loss
 
-    def rises(self, model, inputs, *args, **kwargs):
+    def climbs(self, model, inputs, *args, **kwargs):
         loss = original(self, model, inputs, *args, **kwargs)
-        self._metrics["lm_loss"] = [torch.tensor(1.0 + 0.2 * self.state.global_step)]
+        self._metrics["lm_loss"] = [torch.tensor(3.0 + 0.2 * abs(self.state.global_step - 20))]
         return loss
 
-    monkeypatch.setattr(dynamoe.DynaMoETrainer, "compute_loss", rises)
-    config = TrainConfig(steps=60, batch_size=2, divergence=2.5)
-    with pytest.raises(TrainingDiverged, match=r"step 25: the LM loss rose from 1.9 to 4.9"):
-        train(make_converted(), make_blocks(16), config, output_dir=tmp_path, progress=False)
+    monkeypatch.setattr(dynamoe.DynaMoETrainer, "compute_loss", climbs)
+    with pytest.raises(TrainingDiverged, match=r"step 34: the LM loss rose from 3.5 to 4.7"):
+        train(make_converted(), make_blocks(16), TrainConfig(steps=60, batch_size=2), output_dir=tmp_path, progress=False)
+
+
+def test_a_noisy_loss_does_not_stop(tmp_path):
+    config = TrainConfig(steps=40, batch_size=1, mlp_lr=1e-4)
+    assert len(train(make_converted(), make_blocks(64), config, output_dir=tmp_path, progress=False)) == 40
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_killed_between_the_last_step_and_the_result(tmp_path, monkeypatch, schedule):
+    """The last checkpoint is there, the result is not: the next call takes no step more."""
+    from dynamoe_lab.training import dynamoe
+
+    config = TrainConfig(steps=6, batch_size=2, save_steps=3, mlp_lr=1e-3, schedule=schedule, warmup_steps=0)
+    whole = make_converted()
+    expected = train(whole, make_blocks(15), config, output_dir=tmp_path / "whole", progress=False)
+    publish = dynamoe._publish
+    monkeypatch.setattr(dynamoe, "_publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(make_converted(), make_blocks(15), config, output_dir=tmp_path / "killed", progress=False)
+    monkeypatch.setattr(dynamoe, "_publish", publish)
+    model = make_converted()
+    steps = train(model, make_blocks(15), config, output_dir=tmp_path / "killed", progress=False)
+    pd.testing.assert_frame_equal(steps.drop(columns="seconds"), expected.drop(columns="seconds"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights(whole).items())
+    assert model.config.moe == whole.config.moe
+
+
+def test_tokens_are_those_that_were_seen(tmp_path):
+    """Five blocks in batches of four: the fifth alone would weigh as much as four, so each epoch leaves one block out."""
+    steps = train(make_converted(), make_blocks(5), TrainConfig(steps=3, batch_size=4), output_dir=tmp_path / "a", progress=False)
+    assert steps["tokens"].tolist() == [96, 192, 288]
+    steps = train(make_converted(), make_blocks(3), TrainConfig(steps=2, batch_size=4), output_dir=tmp_path / "b", progress=False)
+    assert steps["tokens"].tolist() == [72, 144]
+
+
+def test_training_is_routed_by_the_routers_whatever_was_set(tmp_path):
+    model = make_converted()
+    model.set_routing("full")
+    steps = train(model, make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+    assert (steps["active_mlp_fraction"] < 1).all()
+    assert model.routing.mode == "full"
+
+
+def test_settings_that_trainer_refuses(tmp_path):
+    with pytest.raises(InputError, match="schedule = 'cosin': choose one of"):
+        TrainConfig(schedule="cosin")
+    with pytest.raises(InputError, match="mlp_lr = nan"):
+        TrainConfig(mlp_lr=float("nan"))
+    with pytest.raises(InputError, match="nosuchtracker"):
+        train(make_converted(), make_blocks(), TrainConfig(report_to=["nosuchtracker"]), output_dir=tmp_path)
 
 
 def test_progress_lines(tmp_path, capsys):

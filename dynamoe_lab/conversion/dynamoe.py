@@ -99,7 +99,7 @@ def _with_weights_of(dense: PreTrainedModel, config: DynaMoEConfig, *, calibrati
 
 def _name_of(dense: PreTrainedModel) -> str:
     """What to call the base model in the checkpoint: the name it was asked for by, never a path of this machine."""
-    name = getattr(dense, "lab_name", None) or getattr(dense.config, "_name_or_path", "") or ""
+    name = getattr(dense.config, "_name_or_path", "") or ""
     return name.rstrip("/").rsplit("/", 1)[-1] if name.startswith(("/", ".", "~")) else name
 
 

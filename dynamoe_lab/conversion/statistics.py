@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dynamoe_lab.data import Blocks, as_blocks
+from dynamoe_lab.data import Blocks, require_blocks
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import decoder_layers, family_of
 
@@ -39,12 +39,13 @@ def calibrate(dense: PreTrainedModel, calibration: Blocks | Tensor, *, batch_siz
 
     Raises InputError if activations are not finite (a broken checkpoint), there are no blocks, or the model is converted already.
     """
-    blocks = as_blocks(calibration)
-    if len(blocks) == 0:
-        raise InputError("calibration: no blocks of text; ask load_blocks for more tokens")
+    blocks = require_blocks(calibration, "calibrate")
     if getattr(dense.config, "moe", None):
         raise InputError("calibrate: this model is a converted one already; statistics come from its dense parent")
-    family = family_of(dense.config.model_type)
+    try:
+        family = family_of(dense.config.model_type)
+    except ValueError as error:
+        raise InputError(f"calibrate: {error}") from error
     downs = [layer.get_submodule(f"{family.mlp}.{family.down}") for layer in decoder_layers(dense)]
     shape = (len(downs), downs[0].in_features)
     squares, absolutes, normalised = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
@@ -97,14 +98,18 @@ def importance(statistics: CalibrationStatistics, formula: str, *, seed: int = 0
     raise InputError(f"importance {formula!r}: choose one of {', '.join(FORMULAS)}")
 
 
-def importance_table(statistics: CalibrationStatistics, *, formulas: tuple[str, ...] = FORMULAS[:-1], seed: int = 0) -> pd.DataFrame:
-    """Importance in order: columns formula, layer, rank (0 = most important neuron of its layer), value.
+def importance_table(
+    dense: PreTrainedModel, calibration: Blocks | Tensor, *, formulas: tuple[str, ...] = FORMULAS[:-1], batch_size: int = 8
+) -> pd.DataFrame:
+    """Importance of a dense model's neurons in order, by several formulas from one calibration pass.
 
-    `random` is left out unless asked for: sorted random numbers have a curve, too, but it says nothing about the model.
+    Returns columns formula, layer, rank (0 = most important neuron of its layer), value. `random` is left out unless asked for: sorted
+    random numbers have a curve, too, but it says nothing about the model.
     """
+    statistics = calibrate(dense, calibration, batch_size=batch_size)
     frames = []
     for formula in formulas:
-        values = importance(statistics, formula, seed=seed).sort(dim=1, descending=True).values  # [L, H]
+        values = importance(statistics, formula).sort(dim=1, descending=True).values  # [L, H]
         layers, neurons = values.shape
         frames.append(
             pd.DataFrame(

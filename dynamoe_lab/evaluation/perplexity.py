@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dynamoe_lab.analysis.statistics import ratio_of_sums
-from dynamoe_lab.data import Blocks, as_blocks
+from dynamoe_lab.data import Blocks, require_blocks
 from dynamoe_lab.errors import InputError
 
 __all__ = ["document_losses", "evaluate_perplexity", "token_surprisal"]
@@ -29,7 +29,7 @@ def token_surprisal(logits: Tensor, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def document_losses(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8) -> pd.DataFrame:
     """Summed next-token loss of every document: columns document, domain, nll (nats), tokens (predicted ones)."""
-    blocks = as_blocks(blocks)
+    blocks = require_blocks(blocks, "document_losses")
     was_training = model.training
     model.eval()
     parts = []

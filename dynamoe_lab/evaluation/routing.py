@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dynamoe_lab.data import Blocks, as_blocks
+from dynamoe_lab.data import Blocks, require_blocks
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation.perplexity import token_surprisal
 from dynamoe_lab.models import DynaMoEMixin
@@ -32,7 +32,7 @@ def trace_routing(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size
         at position 0).
     """
     _require_converted(model, "trace_routing")
-    blocks = as_blocks(blocks)
+    blocks = require_blocks(blocks, "trace_routing")
     was_training = model.training
     model.eval()
     categories = sorted(set(blocks.domain))
@@ -79,7 +79,10 @@ def trace_text(
     if len(ids) > max_tokens:
         raise InputError(f"trace_text: the text has {len(ids)} tokens, more than max_tokens = {max_tokens}; shorten it")
     routing = trace_routing(model, torch.tensor([ids]), run=run)
-    pieces = [text[start:end] for start, end in encoded["offset_mapping"]]
+    pieces, told = [], 0  # a character of several bytes may be several tokens with one span: it is shown with the first
+    for start, end in encoded["offset_mapping"]:
+        pieces.append(text[max(start, told) : end])
+        told = max(told, end)
     routing.insert(4, "token", np.asarray(pieces, dtype=object)[routing["position"]])
     return routing
 
@@ -93,7 +96,7 @@ def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_
         attention sink in many models).
     """
     _require_converted(model, "expert_similarity")
-    blocks = as_blocks(blocks)
+    blocks = require_blocks(blocks, "expert_similarity")
     routing = model.routing.mode, model.routing.expert, model.routing.shares, model.routing.generators
     was_training = model.training
     model.eval()
@@ -139,7 +142,7 @@ def logit_change(model: PreTrainedModel, reference: PreTrainedModel, blocks: Blo
         One row: tokens, max_abs, mean_abs (of |model - reference|), logit_scale (standard deviation of the reference's
         logits), agreement (share of tokens with the same most likely next token).
     """
-    blocks = as_blocks(blocks)
+    blocks = require_blocks(blocks, "logit_change")
     largest, total, squares, sums, agree, tokens, entries = 0.0, 0.0, 0.0, 0.0, 0, 0, 0
     for start in range(0, len(blocks), batch_size):
         ids = blocks.ids[start : start + batch_size]

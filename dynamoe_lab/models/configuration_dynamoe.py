@@ -55,7 +55,7 @@ class DynaMoEConfig:
         if self.router_hidden_size < 1:
             raise ValueError(f"dynamoe.router_hidden_size = {self.router_hidden_size}: give a whole number of at least 1")
         for name in ("lambda_lm", "lambda_router"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"dynamoe.{name} = {getattr(self, name)}: a loss weight, give a number of at least 0")
         choices = {
             "importance": ("l2_down", "l2_down_tokennorm", "l2", "abs", "random"),

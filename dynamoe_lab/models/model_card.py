@@ -3,14 +3,17 @@
 import json
 from typing import Any
 
-__all__ = ["model_card"]
+__all__ = ["CARD_HEAD", "model_card"]
 
-_CARD = """---
+# How a card of ours begins, so that it can be told from one that a person wrote.
+CARD_HEAD = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [mixture-of-experts, dynamoe, nested-experts]
 ---
-# {name}
+"""
+
+_CARD = """# {name}
 
 A dense language model turned into a token-difficulty-driven mixture of nested experts (DynaMoE, arXiv 2502.12325): in every layer the MLP's
 neurons are ordered by importance, expert *e* is a prefix of them, and a router picks one prefix per token. The weights are those of
@@ -41,7 +44,7 @@ def model_card(name: str, config: Any) -> str:
     """Markdown text for a converted model's `README.md`."""
     moe = dict(config.moe)
     trained_tokens = moe.get("trained_tokens", 0)
-    return _CARD.format(
+    return CARD_HEAD + _CARD.format(
         name=name,
         base=moe.get("base") or "an unnamed dense model",
         experts=", ".join(f"{fraction:.4g}" for fraction in moe["experts"]),

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .configuration_dynamoe import CONFIG_CLASSES, DynaMoEConfig
 from .families import FAMILIES, Family, decoder_layers
-from .model_card import model_card
+from .model_card import CARD_HEAD, model_card
 from .nested_mlp import NestedMLP, Routing, labels_from_similarity
 
 __all__ = [
@@ -184,10 +184,10 @@ class DynaMoEMixin:
     # --- saving -----------------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory, **kwargs: Any) -> None:
-        """As in transformers, safetensors only, with the code that reads it and a model card (an existing README.md is kept)."""
+        """As in transformers, safetensors only, with the code that reads it and a model card (a README.md of your own is kept)."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
-        if not card.exists():
+        if not card.exists() or card.read_text(encoding="utf-8", errors="replace").startswith(CARD_HEAD):  # ours, of an earlier state
             card.write_text(model_card(type(self).__name__, self.config), encoding="utf-8")
 
 

@@ -7,31 +7,30 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import torch
+import xxhash
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from dynamoe_lab.config import TrainConfig
-from dynamoe_lab.data import Blocks, as_blocks
+from dynamoe_lab.data import Blocks, require_blocks
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import DynaMoEMixin, token_mask
-from dynamoe_lab.training.trainer import MethodTrainer, complete_checkpoint
+from dynamoe_lab.training.trainer import MethodTrainer, complete_checkpoint, steps_frame
 
 __all__ = ["DynaMoETrainer", "freeze", "routing_metrics", "train"]
 
 
-def freeze(model: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
-    """Leave gradients only to MLP projections and routers; returns the two groups, `mlp` and `router`."""
+def freeze(model: PreTrainedModel) -> None:
+    """Leave gradients only to MLP projections and routers."""
     model.requires_grad_(False)
-    groups: dict[str, list[torch.nn.Parameter]] = {"mlp": [], "router": []}
     for nested in model.nested_mlps():
-        for name, parameter in nested.named_parameters():
-            parameter.requires_grad_(True)
-            groups["router" if name.startswith("router.") else "mlp"].append(parameter)
-    return groups
+        nested.requires_grad_(True)
 
 
 def routing_metrics(model: PreTrainedModel, outputs, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -98,11 +97,9 @@ def train(
         TrainingDiverged: the loss is no longer finite or ran away.
     """
     config = TrainConfig() if config is None else config
-    blocks = as_blocks(blocks)
     if not isinstance(model, DynaMoEMixin):
         raise InputError(f"train: {type(model).__name__} has no routers; convert it first with lab.convert")
-    if len(blocks) == 0:
-        raise InputError("train: no blocks of text; ask load_blocks for more tokens")
+    blocks = require_blocks(blocks, "train")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, model, blocks, config)
@@ -112,24 +109,46 @@ def train(
     resume = complete_checkpoint(folder / "trainer")
     if resume is not None and progress:
         print(f"resuming from {resume.name}", flush=True)
+    state = None if resume is None else TrainerState.load_from_json(str(resume / "trainer_state.json"))
+    first = True
+    if state is not None and state.global_step >= config.steps:  # killed after the last step: Trainer would take one more
+        _load_weights(model, resume)
+    else:
+        with _prepared(model, config):
+            try:
+                trainer = DynaMoETrainer(model, blocks, config, folder / "trainer", progress=progress)
+            except (ValueError, RuntimeError, ImportError) as error:  # a tracker that is unknown or not installed, say
+                raise InputError(f"train: Trainer refuses these settings ({str(error).splitlines()[0]})") from error
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            state, first = trainer.state, trainer.is_world_process_zero()
+    steps = steps_frame(state.log_history, run)
+    trained = int(steps["tokens"].iloc[-1])
+    model.config.moe = {**model.config.moe, "trained_tokens": model.config.moe.get("trained_tokens", 0) + trained}
+    if first:
+        _publish(model, tokenizer, steps, folder)
+    return steps
+
+
+@contextmanager
+def _prepared(model: PreTrainedModel, config: TrainConfig) -> Iterator[None]:
+    """The model as training needs it: routed by its routers, all but MLPs and routers frozen, no cache; afterwards as it was found."""
     learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     use_cache, model.config.use_cache = model.config.use_cache, False  # no one reads a cache in training
+    routing = dataclasses.replace(model.routing)
+    model.set_routing("router")
     freeze(model)
     try:
-        trainer = DynaMoETrainer(model, blocks, config, folder / "trainer", progress=progress)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        yield
     finally:
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        for item in dataclasses.fields(routing):
+            setattr(model.routing, item.name, getattr(routing, item.name))
         model.config.use_cache = use_cache
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(learns[name])
             parameter.grad = None
         model.eval()
-    steps = trainer.steps_frame(run)
-    trained = int(steps["tokens"].iloc[-1])
-    model.config.moe = {**model.config.moe, "trained_tokens": model.config.moe.get("trained_tokens", 0) + trained}
-    if trainer.is_world_process_zero():
-        _publish(model, tokenizer, steps, folder)
-    return steps
 
 
 def _claim(folder: Path, model: PreTrainedModel, blocks: Blocks, config: TrainConfig) -> None:
@@ -138,12 +157,21 @@ def _claim(folder: Path, model: PreTrainedModel, blocks: Blocks, config: TrainCo
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("log_steps", "report_to")},
         "moe": {name: value for name, value in model.config.moe.items() if name != "trained_tokens"},
         "blocks": blocks.fingerprint(),
+        "weights": _weights_digest(model),
     }
     path = folder / "train.json"
     if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(inputs)):
         raise InputError(f"train: {folder.name}/ holds a run with other inputs; choose another output_dir or remove it")
     path.with_suffix(".tmp").write_text(json.dumps(inputs, indent=1, sort_keys=True))
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def _weights_digest(model: PreTrainedModel) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
 
 
 def _publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, steps: pd.DataFrame, folder: Path) -> None:
@@ -161,10 +189,16 @@ def _publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
 
 
 def _read_back(model: PreTrainedModel, folder: Path) -> pd.DataFrame:
-    trained = type(model).from_pretrained(folder / "checkpoint", dtype=model.dtype)
+    shutil.rmtree(folder / "trainer", ignore_errors=True)  # a kill may have come between the frame and this
+    _load_weights(model, folder / "checkpoint")
+    return pd.read_parquet(folder / "steps.parquet")
+
+
+def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    trained = type(model).from_pretrained(checkpoint, dtype=model.dtype)
     model.load_state_dict(trained.state_dict())
     model.config.moe = trained.config.moe
-    return pd.read_parquet(folder / "steps.parquet")
+    model.eval()
 
 
 train.step_ignores = ("progress", "config.log_steps", "config.report_to")  # how it is watched does not change what comes out

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dynamoe_lab.config import TrainConfig
 from dynamoe_lab.data import Blocks
 
-__all__ = ["BlockDataset", "MethodTrainer", "TrainingDiverged", "complete_checkpoint", "training_arguments"]
+__all__ = ["BlockDataset", "MethodTrainer", "TrainingDiverged", "complete_checkpoint", "steps_frame", "training_arguments"]
 
 STEP_COLUMNS = ("step", "tokens", "loss", "lm_loss", "router_loss", "router_accuracy", "active_mlp_fraction", "lr", "seconds")
 
@@ -42,8 +42,8 @@ class BlockDataset(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-def training_arguments(config: TrainConfig, folder: Path, device: str) -> TrainingArguments:
-    """Trainer's arguments for a `TrainConfig`; checkpoints go below `folder`."""
+def training_arguments(config: TrainConfig, folder: Path, device: str, *, blocks: int) -> TrainingArguments:
+    """Trainer's arguments for a `TrainConfig` and that many blocks; checkpoints go below `folder`."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,
@@ -66,6 +66,8 @@ def training_arguments(config: TrainConfig, folder: Path, device: str) -> Traini
         use_cpu=device == "cpu",
         disable_tqdm=True,
         dataloader_pin_memory=device != "cpu",
+        # A smaller last batch would weigh as much as a whole one when batches are accumulated; too few blocks for one batch are all used.
+        dataloader_drop_last=blocks >= config.batch_size,
         remove_unused_columns=False,
     )
 
@@ -92,9 +94,10 @@ class MethodTrainer(Trainer):
     def __init__(self, model: torch.nn.Module, blocks: Blocks, config: TrainConfig, folder: Path, *, progress: bool = True):
         self.lab_config = config
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._step_tokens = 0  # of this process, in this optimizer step
         super().__init__(
             model=model,
-            args=training_arguments(config, folder, str(next(model.parameters()).device.type)),
+            args=training_arguments(config, folder, next(model.parameters()).device.type, blocks=len(blocks)),
             train_dataset=BlockDataset(blocks),
         )
         for callback in (PrinterCallback, ProgressCallback):
@@ -123,6 +126,7 @@ class MethodTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss; keeps the batch's metrics."""
         outputs = model(**inputs)
+        self._step_tokens += inputs["input_ids"].numel()
         with torch.no_grad():
             for name, value in self.batch_metrics(inputs, outputs).items():
                 self._metrics[name].append(value.detach().float())
@@ -138,19 +142,22 @@ class MethodTrainer(Trainer):
                 if self.args.world_size > 1:
                     mean = self.accelerator.gather(mean.to(self.args.device)).mean()
                 logs[name] = mean.item()
+            tokens = torch.tensor(self._step_tokens, device=self.args.device)
+            logs["step_tokens"] = int(self.accelerator.gather(tokens).sum() if self.args.world_size > 1 else tokens)
             self._metrics.clear()
+            self._step_tokens = 0
         super().log(logs, start_time)
 
-    def steps_frame(self, run: str) -> pd.DataFrame:
-        """Table `steps` from the log history: one row per optimizer step; seconds and tokens are cumulative."""
-        rows = [entry for entry in self.state.log_history if "lm_loss" in entry or "router_loss" in entry]
-        frame = pd.DataFrame(rows).rename(columns={"learning_rate": "lr"})
-        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        frame["tokens"] = frame["step"] * per_step * self.train_dataset.ids.shape[1]
-        frame["seconds"] = frame["step_seconds"].cumsum()
-        frame = frame[[name for name in STEP_COLUMNS if name in frame]].reset_index(drop=True)
-        frame.insert(0, "run", run)
-        return frame
+
+def steps_frame(log_history: list[dict[str, float]], run: str) -> pd.DataFrame:
+    """Table `steps` from Trainer's log history: one row per optimizer step; seconds and tokens are cumulative."""
+    rows = [entry for entry in log_history if "step_seconds" in entry]
+    frame = pd.DataFrame(rows).rename(columns={"learning_rate": "lr"})
+    frame["tokens"] = frame["step_tokens"].cumsum().round().astype("int64")
+    frame["seconds"] = frame["step_seconds"].cumsum()
+    frame = frame[[name for name in STEP_COLUMNS if name in frame]].reset_index(drop=True)
+    frame.insert(0, "run", run)
+    return frame
 
 
 class _Clock(TrainerCallback):
@@ -170,8 +177,8 @@ class _Clock(TrainerCallback):
 class _Guard(TrainerCallback):
     """Stops a run whose numbers are no longer numbers, or whose LM loss runs away, before a checkpoint could hold them."""
 
-    def __init__(self, factor: float, window: int = 10):
-        self.factor, self.window = factor, window
+    def __init__(self, margin: float, window: int = 10):
+        self.margin, self.window = margin, window
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if control.should_save and not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
@@ -181,11 +188,10 @@ class _Guard(TrainerCallback):
         losses = [entry["lm_loss"] for entry in state.log_history if "lm_loss" in entry]
         if losses and not math.isfinite(losses[-1]):
             self._stop(state.global_step, f"the loss is {losses[-1]}", args.output_dir)
-        if self.factor and len(losses) >= 2 * self.window:
-            first = sum(losses[: self.window]) / self.window
-            last = sum(losses[-self.window :]) / self.window
-            if last > self.factor * first:
-                self._stop(state.global_step, f"the LM loss rose from {first:.3g} to {last:.3g}", args.output_dir)
+        if self.margin and len(losses) > self.window:
+            means = pd.Series(losses).rolling(self.window).mean().dropna()
+            if means.iloc[-1] > means.min() + self.margin:
+                self._stop(state.global_step, f"the LM loss rose from {means.min():.3g} to {means.iloc[-1]:.3g} nats", args.output_dir)
 
     @staticmethod
     def _stop(step: int, reason: str, folder: str) -> None:
@@ -204,10 +210,9 @@ class _Progress(TrainerCallback):
         if not logs or "step_seconds" not in logs or (state.global_step % self.every and state.global_step != state.max_steps):
             return
         recent = [entry for entry in state.log_history[-self.every :] if "step_seconds" in entry]
-        blocks = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        context = kwargs["train_dataloader"].dataset.ids.shape[1]
-        rate = len(recent) * blocks * context / max(sum(entry["step_seconds"] for entry in recent), 1e-9)
-        remaining = (state.max_steps - state.global_step) * blocks * context / rate
+        seconds = sum(entry["step_seconds"] for entry in recent)
+        rate = sum(entry["step_tokens"] for entry in recent) / max(seconds, 1e-9)
+        remaining = (state.max_steps - state.global_step) * seconds / len(recent)
         shown = {"lm_loss": "LM loss", "router_loss": "router loss", "router_accuracy": "accuracy", "active_mlp_fraction": "active"}
         metrics = "  ".join(f"{label} {logs[name]:.3f}" for name, label in shown.items() if name in logs)
         print(
