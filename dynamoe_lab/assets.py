@@ -138,15 +138,6 @@ def fetch(name: str) -> Path:
     return build_once(home() / "assets" / name, asset.identity, build, what=f"asset {name}", megabytes=megabytes)
 
 
-def __getattr__(name: str) -> Any:
-    """`load_model` and `load_tokenizer`, which live in `loading.py`, are reached from here too."""
-    if name not in ("load_model", "load_tokenizer"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dynamoe_lab import loading
-
-    return getattr(loading, name)
-
-
 def build_once(folder: Path, identity: dict[str, Any], build: Callable[[Path], None], *, what: str, megabytes: int) -> Path:
     """Return `folder`, made by `build(temporary folder)` unless it is complete; it comes into place whole or not at all.
 

@@ -129,6 +129,28 @@ def test_a_wheel_with_another_hash(tmp_path):
     check(call(tmp_path / "home", "run", "01", "--profile", "smoke", "--output", tmp_path / "report"), "sha256", "remove")
 
 
+def test_a_full_disk(home, tmp_path):
+    """A real one: a cache of two megabytes, which a converted checkpoint does not fit into."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs rights that this user has not")
+    try:
+        for part in ("assets", "models"):
+            (small / part).symlink_to((home / part).resolve())
+        check(call(small, "run", "01", "--profile", "smoke", "--output", tmp_path / "report"), "no space left in", "DYNAMOE_LAB_HOME")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_debug_shows_the_traceback_of_a_notebook(home, tmp_path):
+    words = ["--debug", "run", "01", "--profile", "smoke", "--output", tmp_path / "report", "-p", "data.calibration=nowhere.txt"]
+    done = call(home, *words)
+    assert done.returncode == 2
+    assert "load_blocks" in done.stderr
+    assert "Traceback" in done.stderr
+
+
 def test_debug_shows_the_traceback(home, tmp_path):
     done = call(home, "--debug", "run", "04", "-p", "dynamoe.theta=2", "--output", tmp_path / "report")
     assert done.returncode == 2

@@ -444,8 +444,8 @@ def test_the_assets_splits_share_no_document():
 
 @pytest.mark.real
 def test_the_assets_fill_the_profiles():
-    from dynamoe_lab.assets import load_tokenizer
     from dynamoe_lab.config import load_experiment, profiles
+    from dynamoe_lab.loading import load_tokenizer
 
     tokenizer = load_tokenizer("smollm2-pico")
     for profile in set(profiles()) & {"smoke", "quick", "small"}:

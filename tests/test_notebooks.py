@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from kill_randomly import kill
 
 ROOT = Path(__file__).parents[1]
 FIGURES = {
@@ -125,9 +125,7 @@ def test_killed_in_a_notebook_the_same_command_finishes(home, report, tmp_path):
     while not list(own.glob("scratch/*/output/trainer/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run(["pkill", "-9", "-f", str(own)], check=False)
+    kill(process)
     assert not list(own.glob("steps/train-*")), "killed too late"
     run(own, tmp_path / "report", "03")
     assert record(tmp_path / "report", "03_train_router")["run"]["status"] == "ok"

@@ -328,3 +328,37 @@ def test_two_processes_compute_a_step_once(tmp_path):
     assert f"held by pid {first.pid}" in err
     assert "cached False" in first.communicate(timeout=60)[0]
     assert (tmp_path / "log").read_text() == "started\n"
+
+
+def test_stale_steps_are_computed_again_on_request(tmp_path, monkeypatch):
+    """Other code made it: read back as stale, and computed anew only when --recompute asks."""
+    from dynamoe_lab.workbench import environment
+    from dynamoe_lab.workbench.steps import RECOMPUTE_VARIABLE, run_step
+
+    function = _importable_counter(tmp_path, monkeypatch)
+    digest = {"value": "one"}
+    monkeypatch.setattr(environment, "code_digest", lambda without=(): digest["value"])
+    assert run_step(function, (3,), home=tmp_path / "home").value == {"calls": 1}
+    digest["value"] = "two"
+    again = run_step(function, (3,), home=tmp_path / "home")
+    assert (again.value, again.cached, again.stale) == ({"calls": 1}, True, True)
+    monkeypatch.setenv(RECOMPUTE_VARIABLE, "1")
+    fresh = run_step(function, (3,), home=tmp_path / "home")
+    assert (fresh.value, fresh.cached, fresh.stale) == ({"calls": 2}, False, False)
+    assert run_step(function, (3,), home=tmp_path / "home").cached
+
+
+def _importable_counter(tmp_path, monkeypatch):
+    """A step function of a module of its own that counts its calls on disk."""
+    import importlib
+
+    (tmp_path / "counting_steps.py").write_text(
+        "from pathlib import Path\n"
+        "def count(number: int) -> dict:\n"
+        f"    path = Path({str(tmp_path / 'calls')!r})\n"
+        "    calls = 1 + (int(path.read_text()) if path.exists() else 0)\n"
+        "    path.write_text(str(calls))\n"
+        "    return {'calls': calls}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return importlib.import_module("counting_steps").count

@@ -21,7 +21,7 @@ ALLOWED = {
     "errors": set(),
     "models": set(),
     "config": {"models"},
-    "assets": {"loading"},
+    "assets": set(),
     "texts": {"assets"},
     "loading": {"assets", "models"},
     "data": {"assets", "texts", "loading"},

@@ -66,7 +66,7 @@ def run(
     notebooks: Annotated[
         list[str] | None, typer.Argument(help="Names or numbers, e.g. 04_router_confusion or 04; none: all, in order.")
     ] = None,
-    profile: Annotated[str, typer.Option(help="A file of configs/ (smoke, quick, small, paper), or a path to a YAML file.")] = "quick",
+    profile: Annotated[str, typer.Option(help="A file of configs/ (quick, smoke), or a path to a YAML file.")] = "quick",
     output: Annotated[Path | None, typer.Option(help="Report folder.", show_default="reports/<profile>")] = None,
     parameter: Annotated[
         list[str] | None,
@@ -75,12 +75,15 @@ def run(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run also what is up to date. Steps still come from the cache.")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="The same, and compute again the steps that other code made.")] = False,
 ) -> int:
     """Run notebooks and build the report. What is up to date is skipped; one that fails does not stop the others."""
     from dynamoe_lab.workbench.notebooks import BAD_INPUT, FAILED, discover, report_folder, run_notebooks
     from dynamoe_lab.workbench.report import build_report
 
-    statuses = run_notebooks(notebooks or (), profile=profile, given=parameter or (), output=output, force=force)
+    statuses = run_notebooks(
+        notebooks or (), profile=profile, given=parameter or (), output=output, force=force, recompute=recompute, debug=_debug
+    )
     page = build_report(report_folder(profile, output), expected=[path.stem for path in discover()])
     typer.echo(f"report: {os.path.relpath(page)}")
     failed = [name for name, status in statuses.items() if status in (FAILED, BAD_INPUT)]

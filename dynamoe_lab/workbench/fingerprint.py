@@ -234,7 +234,7 @@ _LIBRARIES: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("torch", "Tensor"): _feed_tensor,
     ("torch", "dtype"): _text("dtype"),
     ("torch", "device"): lambda digest, value: _mark(digest, "device"),
-    ("torch", "Generator"): lambda digest, value: _mark(digest, "generator", str(value.initial_seed()).encode()),
+    ("torch", "Generator"): lambda digest, value: _mark(digest, "generator", value.get_state().numpy().tobytes()),
     ("torch", "Module"): _feed_module,
     ("transformers", "PreTrainedConfig"): _feed_config,
     ("transformers", "PreTrainedTokenizerBase"): _feed_tokenizer,

@@ -21,6 +21,7 @@ from papermill.exceptions import PapermillExecutionError, strip_color
 from dynamoe_lab.workbench.environment import package_root
 from dynamoe_lab.workbench.records import RunError
 from dynamoe_lab.workbench.session import RUNNER_VARIABLE
+from dynamoe_lab.workbench.steps import RECOMPUTE_VARIABLE
 
 __all__ = ["Heartbeat", "execute", "seconds_text"]
 
@@ -174,7 +175,7 @@ def _own_kernel_manager() -> type:
     return OwnKernelManager
 
 
-def kernel_environment(name: str) -> dict[str, str]:
+def kernel_environment(name: str, *, recompute: bool = False) -> dict[str, str]:
     """The kernel's environment variables; those of this process stay as they are."""
     variables = dict(os.environ)
     variables.pop("MPLBACKEND", None)  # the kernel shows figures inline; a backend of the shell would hide them
@@ -182,6 +183,7 @@ def kernel_environment(name: str) -> dict[str, str]:
     variables["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [variables.get("PYTHONPATH")])])
     return variables | {
         RUNNER_VARIABLE: name,
+        RECOMPUTE_VARIABLE: "1" if recompute else "",
         # glibc gives large blocks back at once and faults them in again: keeping them raised CPU forwards by 45 %
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -191,7 +193,9 @@ def kernel_environment(name: str) -> dict[str, str]:
     }
 
 
-def execute(nb: Any, saved: Path, *, name: str, parameters: dict[str, Any], cwd: Path, every: float = 15.0) -> RunError | None:
+def execute(
+    nb: Any, saved: Path, *, name: str, parameters: dict[str, Any], cwd: Path, every: float = 15.0, recompute: bool = False
+) -> RunError | None:
     """Run a notebook in a fresh kernel and save it, with what it printed, to `saved` as it goes.
 
     Returns None if every cell ran, else what went wrong and where. KeyboardInterrupt shuts the kernel down and goes on up.
@@ -216,7 +220,7 @@ def execute(nb: Any, saved: Path, *, name: str, parameters: dict[str, Any], cwd:
                 start_timeout=120,
                 cwd=str(cwd),
                 heartbeat=heartbeat,
-                environment=kernel_environment(name),
+                environment=kernel_environment(name, recompute=recompute),
             )
     except PapermillExecutionError as error:
         lines = [line for line in strip_color("\n".join(error.traceback)).splitlines() if line.strip()]

@@ -133,7 +133,9 @@ def run_notebooks(
     given: Sequence[str] = (),
     output: str | Path | None = None,
     force: bool = False,
+    recompute: bool = False,
     every: float = 15.0,
+    debug: bool = False,
 ) -> dict[str, str]:
     """Run notebooks one after the other; one that fails does not stop the next.
 
@@ -142,6 +144,8 @@ def run_notebooks(
         given: `key=value` pairs, see `parameters.split_given`.
         output: the report folder; default `reports/<profile>`.
         force: run also what is up to date.
+        recompute: the same, and compute again the steps that other code made (stale ones).
+        debug: show the traceback of bad input, too.
         every: seconds between heartbeat lines.
 
     Returns:
@@ -157,14 +161,16 @@ def run_notebooks(
     with locked(report / "run.lock", refuses=f"{shown} is being written by pid {{pid}}; wait for it, or choose another --output"):
         for job in jobs:
             try:
-                statuses[job.name] = run_notebook(job, force=force, every=every)
+                statuses[job.name] = run_notebook(job, force=force or recompute, recompute=recompute, every=every)
             except InputError as error:
                 statuses[job.name] = BAD_INPUT
+                if debug:
+                    print("\n".join(getattr(error, "__notes__", ())), file=sys.stderr)
                 print(f"dynamoe-lab: {error}", file=sys.stderr, flush=True)
     return statuses
 
 
-def run_notebook(job: Job, *, force: bool = False, every: float = 15.0) -> str:
+def run_notebook(job: Job, *, force: bool = False, recompute: bool = False, every: float = 15.0) -> str:
     """Run one prepared notebook, or skip it if it is up to date; returns its status.
 
     Raises `InputError` if a cell did; KeyboardInterrupt after the kernel is shut down and the record says interrupted.
@@ -183,7 +189,7 @@ def run_notebook(job: Job, *, force: bool = False, every: float = 15.0) -> str:
         saved = job.folder / ".running.ipynb"
         error, interrupted = None, False
         try:
-            error = execute(job.nb, saved, name=job.name, parameters=job.values, cwd=job.root, every=every)
+            error = execute(job.nb, saved, name=job.name, parameters=job.values, cwd=job.root, every=every, recompute=recompute)
         except KeyboardInterrupt:
             interrupted = True
         record = _close(job, saved, error, interrupted, began, time.perf_counter() - clock)
@@ -194,7 +200,9 @@ def run_notebook(job: Job, *, force: bool = False, every: float = 15.0) -> str:
         print(f"{job.name}  {OK}  {seconds_text(record.run.seconds)}", flush=True)
         return OK
     if error.type == "InputError":
-        raise InputError(f"{job.name}: {error.message}")
+        told = InputError(f"{job.name}: {error.message}")
+        told.add_note("\n".join(["Traceback (most recent call last, in the notebook):", *error.traceback]))
+        raise told
     place = f" in cell {error.cell}" + (f" ({error.heading})" if error.heading else "") if error.cell else ""
     print(f"{job.name}  {FAILED}{place}: {error.type}: {error.message}", flush=True)
     print("\n".join(f"    {line}" for line in error.traceback), file=sys.stderr, flush=True)

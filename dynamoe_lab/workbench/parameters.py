@@ -94,9 +94,11 @@ def unknown_parameter(pair: str, parameters: Iterable[str], fields: Iterable[str
 
 
 def parse_value(parameter: Parameter, text: str) -> Any:
-    """The value of `key=text`, read as YAML, in the parameter's type. Raises `InputError` if it does not fit."""
+    """The value of `key=text`: the text itself for a `str`, else YAML in the parameter's type. Raises `InputError` if it does not fit."""
     import yaml
 
+    if parameter.annotation == "str":  # a sentence is not YAML: "C # and F" keeps its end
+        return text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

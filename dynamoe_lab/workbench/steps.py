@@ -27,6 +27,7 @@ from dynamoe_lab.workbench.results import read_result, write_result
 
 __all__ = ["STEP_FORMAT", "StepResult", "run_step", "takes_output_dir"]
 
+RECOMPUTE_VARIABLE = "DYNAMOE_LAB_RECOMPUTE"  # set by `run --recompute` for the kernel: stale steps are computed again
 STEP_FORMAT = 1  # part of every key: raise it when results of an older format can no longer be read
 
 
@@ -76,20 +77,25 @@ def run_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any] 
     key = fingerprint({"format": STEP_FORMAT, "function": name, "inputs": inputs})
     label = f"{function.__name__}-{key[:16]}"
     folder, scratch = home / "steps" / label, home / "scratch" / label
+    code = environment.code_digest(environment.ROOMS_WITHOUT_RESULTS)
     with told_when_full(home, f"free some, or set DYNAMOE_LAB_HOME to another disk; what {label} wrote so far is kept in scratch"):
         step, cached = None, True
         with contextlib.suppress(_Corrupt):
             step = _published(folder, key)
-        if step is None:
+        if step is None or _unwanted(step, code):
             with locked(home / "locks" / f"{label}.lock", waits_for=f"step {label}"):
                 step = _published_or_set_aside(folder, key)  # the process we waited for may have made it
-                if step is None:
+                if step is None or _unwanted(step, code):
                     step, cached = _compute(function, name, arguments, inputs, key, scratch, folder), False
         value = read_result(folder, step["result"], device=_device(arguments))
     if takes_output_dir(function):
         value = (value, folder / "output")
-    stale = step["code"] != environment.code_digest(environment.ROOMS_WITHOUT_RESULTS)
-    return StepResult(value, folder, key, cached, stale, step["seconds"], inputs)
+    return StepResult(value, folder, key, cached, step["code"] != code, step["seconds"], inputs)
+
+
+def _unwanted(step: dict[str, Any], code: str) -> bool:
+    """Whether a finished step is to be computed again: other code made it and `run --recompute` asked for that."""
+    return bool(os.environ.get(RECOMPUTE_VARIABLE)) and step["code"] != code
 
 
 # --- the key -----------------------------------------------------------------------------------------------------------------------
@@ -204,6 +210,8 @@ def _compute(
     step["files"] = {p.relative_to(scratch).as_posix(): {"bytes": p.stat().st_size, "xxh3_128": file_digest(p)} for p in files}
     write_json(scratch / "step.json", step)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():  # a stale result, kept until the new one is whole
+        shutil.rmtree(folder)
     os.replace(scratch, folder)
     return step
 
