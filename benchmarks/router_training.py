@@ -2,9 +2,9 @@
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python benchmarks/router_training.py [STEPS] [KEY=VALUE ...]
 
-Prints held-out router accuracy beside its chance levels, the perplexity ratio to the dense model, active parameters, and the ratio of the two
-rates from alternating forward and backward passes (fine-tuning: the dense model with the same MLP weights learning). About twelve minutes on
-two cores. Overrides are experiment fields, e.g. `dynamoe.lambda_lm=1.0 train.router_lr=0.001`.
+Prints held-out router accuracy beside its chance levels, the perplexity ratio to the dense model, active parameters, and the ratio of
+the two rates from alternating forward and backward passes (fine-tuning: the dense model with the same MLP weights learning). About twelve
+minutes on two cores. Overrides are experiment fields, e.g. `dynamoe.lambda_lm=1.0 train.router_lr=0.001`.
 """
 
 import dataclasses
@@ -50,9 +50,8 @@ def main(steps: int, overrides: list[str]) -> None:
     train, heldout = blocks("train", steps * 1024), blocks("heldout", 16_384)
     model = lab.convert(dense, experiment.dynamoe, calibration=blocks("calibration", 16_384))
     settings = dataclasses.replace(experiment.train, steps=steps, save_steps=steps)
-    print(
-        f"lambda_lm {experiment.dynamoe.lambda_lm}, router_lr {settings.router_lr}, mlp_lr {settings.mlp_lr}, theta {experiment.dynamoe.theta}"
-    )
+    method = experiment.dynamoe
+    print(f"lambda_lm {method.lambda_lm}, theta {method.theta}, router_lr {settings.router_lr}, mlp_lr {settings.mlp_lr}")
     with tempfile.TemporaryDirectory() as folder:
         trained = lab.train(model, train, settings, output_dir=folder)
     seconds = trained["seconds"].diff().dropna()
