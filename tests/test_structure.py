@@ -221,3 +221,66 @@ def test_no_path_of_a_machine_is_committed():
         path = ROOT / name
         if path.suffix in (".py", ".md", ".yaml", ".yml", ".toml", ".ipynb", ".json", ".html", ".txt") and path.is_file():
             assert not pattern.search(path.read_text(encoding="utf-8", errors="replace")), f"{name} holds a path of a machine"
+
+
+# --- the README's claims ------------------------------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_names_what_is_there():
+    import dynamoe_lab as lab
+
+    for name in re.findall(r"\blab\.([a-zA-Z_]\w*)", README):
+        assert name in lab.__all__, f"README uses lab.{name}"
+    listed = re.findall(r"^\| `(\d\d_\w+)` \|", README, re.M)
+    assert listed == [path.stem for path in NOTEBOOKS]
+    for target in re.findall(r"^make ([\w-]+)", README, re.M):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / picture).is_file()
+    for path in re.findall(r"^  ?([a-z_]+(?:/|\.py)) ", README, re.M):
+        assert (PACKAGE / path).exists() or (ROOT / path).exists(), path
+
+
+def test_readme_commands_are_accepted(monkeypatch):
+    """Every `dynamoe-lab` line goes through the real parser; what it would run is replaced."""
+    import shlex
+
+    from typer.testing import CliRunner
+
+    from dynamoe_lab.workbench import notebooks, report
+    from dynamoe_lab.workbench.cli import app
+
+    calls = []
+    monkeypatch.setattr(
+        notebooks,
+        "run_notebooks",
+        lambda names, **options: (
+            calls.append(notebooks.prepare(notebooks.select(names), **{key: options[key] for key in ("profile", "given", "output")})) or {}
+        ),
+    )
+    monkeypatch.setattr(report, "build_report", lambda folder, **_: Path(folder) / "index.html")
+    lines = re.findall(r"^\.venv/bin/dynamoe-lab ([^#\n]+)", README, re.M)
+    assert len(lines) >= 4
+    for line in lines:
+        if not line.startswith("doctor"):
+            result = CliRunner().invoke(app, shlex.split(line))
+            assert result.exit_code == 0, f"{line}: {result.output}{result.exception}"
+    assert len(calls) == sum(line.startswith("run") for line in lines)
+
+
+def test_readme_code_runs_on_a_small_model(monkeypatch, tmp_path):
+    """The snippet as it stands, with a pico model and random blocks in the place of the assets."""
+    from conftest import make_blocks, make_dense
+
+    import dynamoe_lab as lab
+
+    code = re.search(r"## In your own code\s+```python\n(.*?)```", README, re.S).group(1)
+    assert code.count("lab.load_blocks(") == 3
+    monkeypatch.chdir(tmp_path)
+    names = {"load_model": lambda name: (make_dense(), None), "load_blocks": lambda *args, **kwargs: make_blocks(12)}
+    for name, value in names.items():
+        monkeypatch.setattr(lab, name, value)
+    exec(compile(code.replace("steps=40", "steps=2"), "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "theta09" / "checkpoint" / "model.safetensors").is_file()

@@ -33,7 +33,7 @@ def plot_importance_curves(
     """
     require(curves, ("formula", "layer", "rank_share", "cumulative_share"), "plot_importance_curves")
     formulas = list(dict.fromkeys(curves["formula"]))
-    columns = min(len(formulas), 3)
+    columns = 2 if len(formulas) == 4 else min(len(formulas), 3)
     rows = -(-len(formulas) // columns)
     figure = canvas(2.2 + 4.3 * rows, figure)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
