@@ -52,7 +52,7 @@ class TrainConfig:
     batch_size: int = 4  # blocks per forward pass and device
     accumulation: int = 1  # forward passes per optimizer step
     mlp_lr: float = 2e-4  # AdamW peak learning rate of the MLP weights
-    router_lr: float = 1e-3  # AdamW peak learning rate of the routers
+    router_lr: float = 3e-3  # AdamW peak learning rate of the routers [D]; see LOG.md for 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 10
     schedule: str = "cosine"  # a transformers scheduler name

@@ -114,10 +114,11 @@ class TestUsage:
             domain_finding(active[active["domain"] == "c4"])
 
     def test_extremes_picked_from_many_domains_need_a_wider_gap(self):
-        frame = pd.DataFrame({"run": "a", "layer": "all", "tokens": 100, "documents": 9, "confidence": 0.95, "domain": list("abcde")})
+        frame = pd.DataFrame({"run": "a", "layer": "all", "tokens": 100, "documents": 19, "confidence": 0.95, "domain": list("abcde")})
         frame = frame.assign(active_fraction=[0.50, 0.52, 0.53, 0.54, 0.56])
         frame = frame.assign(low=frame["active_fraction"] - 0.04, high=frame["active_fraction"] + 0.04)
         assert "are not distinguishable (6.0 points, allowing for 10 pairs)" in domain_finding(frame)
+        assert "too few documents to tell them apart" in domain_finding(frame.assign(documents=9, low=frame["low"] + 0.039))
         assert "a and e, differ (6.0 points)" in domain_finding(frame.iloc[[0, 4]])
 
 
@@ -132,9 +133,9 @@ class TestTraining:
         noise = np.random.default_rng(0).normal(0, 0.02, 100)
         sentence = training_finding(self.steps(5 - 0.01 * np.arange(100) + noise), dense_loss=3.69)
         assert sentence.startswith("In 100 steps (102,400 tokens) the LM loss went from 4.9")
-        assert "(dense model 3.69) and was still falling at the end" in sentence
+        assert "(dense model on held-out text: 3.69); it was still falling at the end" in sentence
         assert "router accuracy from 80 % to 80 %, with 66 % of the MLP neurons active (means of 10 steps)." in sentence
-        assert "had levelled off" in training_finding(self.steps(5 + noise))
+        assert "within their noise" in training_finding(self.steps(5 + noise))
         assert "was still rising" in training_finding(self.steps(5 + 0.01 * np.arange(100) + noise))
 
     def test_few_steps_claim_no_trend(self):
@@ -148,7 +149,7 @@ class TestModel:
         columns = {"run": "a", "n": 55, "tokens": 16384, "perplexity": 70.8, "reference_perplexity": 40.0}
         frame = pd.DataFrame([{**columns, "ratio": 1.77, "low": 1.72, "high": 1.83}])
         assert perplexity_finding(frame) == (
-            "Perplexity 70.8, above the dense model's 40.0 on the same documents: ratio 1.770 (95 % interval 1.720 to 1.830; "
+            "a: perplexity 70.8, above the dense model's 40.0 on the same documents: ratio 1.770 (95 % interval 1.720 to 1.830; "
             "n = 55 documents, 16,384 tokens)."
         )
         both = perplexity_finding(pd.concat([frame, frame.assign(run="b", low=0.98)]))
@@ -156,7 +157,7 @@ class TestModel:
         assert "; b: perplexity 70.8, not distinguishable from the dense" in both
         assert "below the dense" in perplexity_finding(frame.assign(ratio=0.9, low=0.85, high=0.95))
         alone = perplexity_finding(frame.assign(ratio=np.nan, reference_perplexity=np.nan, low=68.0, high=73.5))
-        assert alone == "Perplexity 70.8 (95 % interval 68.0 to 73.5; n = 55 documents, 16,384 tokens)."
+        assert alone == "a: perplexity 70.8 (95 % interval 68.0 to 73.5; n = 55 documents, 16,384 tokens)."
 
     def test_active_params(self):
         layer = {"layer": 0, "mlp_active": 1, "mlp_total": 2, "active_mlp_fraction": 0.5, "router": 1, "other": 1}

@@ -270,7 +270,7 @@ class TestCurves:
         assert smooth.get_ydata() == pytest.approx(metrics.smooth_steps(frames["steps"], 5)["lm_loss"].to_numpy())
         assert set(dense.get_ydata()) == {3.2}
         assert dense.get_color() == style.DENSE["color"]
-        assert texts(first) == ["dense model 3.20"]
+        assert texts(first) == ["dense model, held-out 3.20"]
         assert first.get_ylim()[0] < 3.2
         assert texts(figure.axes[2]) == ["commonest label 61 %"]
         end = frames["steps"].tail(5)

@@ -101,7 +101,7 @@ def test_everything_recorded_is_shown_and_every_link_leads_somewhere(report):
         target = link.removeprefix("#")
         assert (target in page.ids) if link.startswith("#") else link.startswith("data:") or (report / link).is_file(), link
     assert [image["src"] for image in page.images] == ["02_difficulty/usage.png", "04_router_confusion/usage.png"]
-    assert all(image["alt"] == "A caption." and image["width"] == "427" for image in page.images)
+    assert all(image["alt"] == "A caption." and image["width"] == "640" for image in page.images)
     for shown in (
         "0.7912",
         "[0.78, 0.8]",

@@ -284,3 +284,9 @@ def test_readme_code_runs_on_a_small_model(monkeypatch, tmp_path):
         monkeypatch.setattr(lab, name, value)
     exec(compile(code.replace("steps=40", "steps=2"), "README.md", "exec"), {})
     assert (tmp_path / "runs" / "theta09" / "checkpoint" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["README.md", "LOG.md"])
+def test_no_placeholder_is_left(name):
+    text = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.S)
+    assert not re.findall(r"\b(?:TODO|FIXME|TBD|FIGURES|SPEED|[A-Z]+_(?:TABLE|ROW))\b", text)

@@ -25,6 +25,7 @@ __all__ = [
     "usage_finding",
 ]
 
+FEW = 10  # documents; fewer say nothing about how documents differ
 _SAMPLE = ("run", "layer", "tokens", "documents", "confidence")
 _CHANCE = ("errors", "majority", "token_id", "neighbour_chance", "neighbour_uniform")
 _ACTIVE = (*_SAMPLE, "domain", "active_fraction", "low", "high")
@@ -70,15 +71,15 @@ def training_finding(steps: pd.DataFrame, *, window: int = 10, dense_loss: float
     if not np.isfinite(noise):
         trend = "too few steps were run to say whether it still falls"
     elif abs(change) > noise:
-        trend = f"was still {'falling' if change < 0 else 'rising'} at the end"
+        trend = f"it was still {'falling' if change < 0 else 'rising'} at the end ({change:+.2f} ± {noise:.2f})"
     else:
-        trend = "had levelled off within the noise of the steps"
-    dense = f" (dense model {dense_loss:.2f})" if dense_loss is not None else ""
+        trend = f"its change over the last {2 * window} steps ({change:+.2f}) is within their noise (±{noise:.2f})"
+    dense = f" (dense model on held-out text: {dense_loss:.2f})" if dense_loss is not None else ""
     lm, router = ([f"{part[name].mean():.2f}" for part in (first, last)] for name in ("lm_loss", "router_loss"))
     right = [percent(part["router_accuracy"].mean()) for part in (first, last)]
     return (
         f"In {len(steps)} steps ({_tokens(steps['tokens'].iloc[-1])}) the LM loss went from {lm[0]} to {lm[1]} nats per "
-        f"token{dense} and {trend}; the router loss went from {router[0]} to {router[1]}, router accuracy from "
+        f"token{dense}; {trend}; the router loss went from {router[0]} to {router[1]}, router accuracy from "
         f"{right[0]} to {right[1]}, with {percent(last['active_mlp_fraction'].mean())} of the MLP neurons active "
         f"(means of {window} steps)."
     )
@@ -173,6 +174,8 @@ def domain_finding(active: pd.DataFrame) -> str:
     error *= stats.norm.ppf(tail / pairs) / stats.norm.ppf(tail)
     difference = most["active_fraction"] - least["active_fraction"]
     verdict = "differ" if difference > error else "are not distinguishable"
+    if min(least["documents"], most["documents"]) < FEW:
+        verdict = "come from too few documents to tell them apart"
     texts = [f"{row['domain']} {_mean(row)[:-1]}, n = {row['documents']})" for row in rows.to_dict("records")]
     return (
         f"Mean active MLP neurons by domain, with {percent(least['confidence'])} intervals over n documents: "
@@ -187,14 +190,16 @@ def perplexity_finding(perplexity: pd.DataFrame, *, confidence: float = 0.95) ->
     Args:
         perplexity: frames of `evaluate_perplexity`, one row per run: run, n (documents), tokens, perplexity, reference_perplexity, ratio,
             low, high; the ratio to the dense model is paired by document. Without a reference (ratio nan) low and high are those of
-            the perplexity.
+            the perplexity. A column active_mlp_fraction is told, too: a ratio without its compute says little.
         confidence: of the intervals low to high.
     """
     needed = ("run", "n", "tokens", "perplexity", "reference_perplexity", "ratio", "low", "high")
     require(perplexity, needed, "perplexity_finding")
     texts = []
     for row in perplexity.to_dict("records"):
-        text = f"{row['run']}: perplexity" if len(perplexity) > 1 else "Perplexity"
+        text = f"{row['run']}: perplexity" if row["run"] else "perplexity"
+        if np.isfinite(row.get("active_mlp_fraction", np.nan)):
+            text = text.replace("perplexity", f"with {percent(row['active_mlp_fraction'])} of the MLP neurons, perplexity")
         sample = f"n = {int(row['n'])} documents, {_tokens(row['tokens'])}"
         if np.isfinite(row["ratio"]):
             verdict = _verdict(row["low"] - 1, row["high"] - 1)

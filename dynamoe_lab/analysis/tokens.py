@@ -16,23 +16,24 @@ from dynamoe_lab.analysis.style import expert_colors
 __all__ = ["render_tokens"]
 
 _STYLE = """<style>
-.dml-text{font:15px/2.1 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;color:#222;
-background:#fff;padding:.6em}
-.dml-tok{position:relative;border-radius:3px;padding:2px 0;outline-offset:1px}
+.dml-text{position:relative;font:15px/2.1 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;color:#222;
+background:#fff;padding:.6em .6em 6.2em}
+.dml-tok{border-radius:3px;padding:2px 0;outline-offset:1px}
 .dml-tok:hover,.dml-tok:focus{outline:2px solid #222}
-.dml-tip{display:none;position:absolute;left:0;top:1.9em;z-index:9;background:#fff;border:1px solid #999;border-radius:4px;padding:6px 8px;
+.dml-tip{display:none;position:absolute;left:.6em;bottom:.5em;z-index:9;background:#fff;
+border:1px solid #999;border-radius:4px;padding:6px 8px;
 font:11px/1.4 system-ui,sans-serif;white-space:nowrap;box-shadow:0 2px 8px #0003;color:#222}
 .dml-tok:hover .dml-tip,.dml-tok:focus .dml-tip{display:block}
 .dml-tip i{display:inline-block;width:9px;vertical-align:bottom;margin-right:1px}
 .dml-bars{display:block;height:34px;margin-top:3px}
 .dml-key{font:12px/1.6 system-ui,sans-serif;color:#444}
-.dml-key b{display:inline-block;width:1.6em;height:1em;border-radius:2px;vertical-align:-.15em;margin:0 .3em 0 .9em}
+.dml-key b{display:inline-block;width:1.6em;height:1em;border-radius:2px;border:1px solid #999;vertical-align:-.15em;margin:0 .3em 0 .9em}
 </style>"""
 _BARS = 34  # pixels of the full MLP's bar
 
 
 def _mix(share: float) -> str:
-    """White at no compute to a strong blue at the full MLP, light enough for dark text."""
+    """White at 0 to a strong blue at 1, light enough for dark text."""
     low, high = np.array([1.0, 1.0, 1.0]), np.array([0.36, 0.62, 0.86])
     return to_hex(low + (high - low) * float(np.clip(share, 0, 1)))
 
@@ -47,7 +48,7 @@ def render_tokens(routing: pd.DataFrame, *, fractions: Sequence[float], title: s
         title: a line above the text.
 
     Returns:
-        A self-contained fragment; the colour scale runs from the smallest expert (white) to the whole MLP (blue).
+        A self-contained fragment; the colour scale runs from this text's cheapest token (white) to its dearest (blue).
     """
     require(routing, ("position", "token", "layer", "label", "expert", "surprisal"), "render_tokens")
     sizes = np.asarray(fractions, dtype=float)
@@ -56,7 +57,7 @@ def render_tokens(routing: pd.DataFrame, *, fractions: Sequence[float], title: s
     labels = routing.pivot(index="position", columns="layer", values="label").to_numpy()
     first = routing[routing["layer"] == routing["layer"].min()].sort_values("position")
     active = sizes[experts].mean(axis=1)
-    floor = sizes[0] if len(sizes) > 1 else 0.0
+    least, most = float(active.min()), float(active.max())
     spans = []
     for token, surprisal, share, used, wanted in zip(first["token"], first["surprisal"], active, experts, labels, strict=True):
         bars = "".join(f'<i style="height:{max(1, round(_BARS * sizes[expert]))}px;background:{colors[expert]}"></i>' for expert in used)
@@ -64,12 +65,9 @@ def render_tokens(routing: pd.DataFrame, *, fractions: Sequence[float], title: s
         says = f"{share:.0%} of the MLPs{surprise}; the label in {np.mean(used == wanted):.0%} of the layers"
         piece = html.escape(str(token)) or "&#8203;"
         tip = f'<span class="dml-tip">{says}<span class="dml-bars">{bars}</span>layer 0 to {experts.shape[1] - 1}</span>'
-        color = _mix((share - floor) / max(1 - floor, 1e-9))
+        color = _mix((share - least) / max(most - least, 1e-9))
         spans.append(f'<span class="dml-tok" tabindex="0" style="background:{color}">{piece}{tip}</span>')
-    steps = "".join(
-        f'<b style="background:{_mix((size - floor) / max(1 - floor, 1e-9))}"></b>{size:.0%}'
-        for size in (sizes if len(sizes) > 1 else [1.0])
-    )
+    steps = "".join(f'<b style="background:{_mix(place)}"></b>{least + place * (most - least):.0%}' for place in (0, 0.5, 1))
     summary = f"{len(first)} tokens, {active.mean():.0%} of the MLP neurons run on average"
     heading = f"<p class='dml-key'><strong>{html.escape(title)}</strong></p>" if title else ""
     key = f"<p class='dml-key'>{summary}. Mean active share of the MLPs:{steps}. Point at a token for its layers.</p>"

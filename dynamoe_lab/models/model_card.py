@@ -27,8 +27,9 @@ neurons are ordered by importance, expert *e* is a prefix of them, and a router 
 | trained | {trained} |
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)  # or, with dynamoe-lab: import dynamoe_lab.models
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)  # it reads the config, too
 model.set_routing("router")  # or "full" (the dense function), "label", an expert's index, "random"
 ```
 

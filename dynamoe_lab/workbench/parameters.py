@@ -87,7 +87,7 @@ def unknown_parameter(pair: str, parameters: Iterable[str], fields: Iterable[str
     """The error for a pair that nothing reads, with the nearest name."""
     key = pair.partition("=")[0]
     names = [*(name for name in parameters if name not in STANDARD), *fields]
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    near = [name for name in names if name.rpartition(".")[2] == key] or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     own = ", ".join(name for name in parameters if name not in STANDARD) or "none of its own"
     hint = f"did you mean {near[0]}?" if near else f"known are {own}, and the experiment's fields are in configs/defaults.yaml"
     return InputError(f"-p {pair}: no parameter {key!r} in {where}; {hint}")

@@ -143,6 +143,8 @@ def _png_size(path: Path) -> tuple[int, int]:
 def _table(path: Path) -> _Table:
     with path.open(encoding="utf-8", newline="") as stream:
         header, *rows = csv.reader(stream)
+    filled = [place for place, _ in enumerate(header) if not rows or any(row[place] for row in rows)]  # an empty column says nothing
+    header, rows = [header[place] for place in filled], [[row[place] for place in filled] for row in rows]
     shown = [[_cell(text) for text in row] for row in rows[:TABLE_ROWS]]
     return _Table(header, shown, max(len(rows) - TABLE_ROWS, 0))
 

@@ -139,7 +139,8 @@ def plot_router_confusion_by_layer(
     headline(
         figure,
         f"The router {beats} its layer's commonest label in {clear.sum()} of {len(layers)} layers ({100 * gain.mean():+.0f} points "
-        f"on average); least in layer {layers[least]} ({percent(right[least])} against {percent(best[least])})",
+        f"on average); {'least' if gain[least] >= 0 else 'worst'} in layer {layers[least]} "
+        f"({percent(right[least])} against {percent(best[least])})",
     )
     return figure
 

@@ -88,7 +88,7 @@ def _references(axes: np.ndarray, dense_loss: float | None, majority: float | No
         ax.annotate(name, (1, value), ha="right", va="bottom", fontsize=6.5, color=look["color"], **place)
 
     if dense_loss is not None:
-        line(axes[0, 0], dense_loss, f"dense model {dense_loss:.2f}", DENSE)
+        line(axes[0, 0], dense_loss, f"dense model, held-out {dense_loss:.2f}", DENSE)
     if majority is not None:
         line(axes[1, 0], majority, f"commonest label {percent(majority)}", REFERENCE)
     line(axes[1, 1], 1.0, "dense model 100 %", DENSE)
@@ -102,7 +102,7 @@ def _message(steps: pd.DataFrame, window: int, dense_loss: float | None, majorit
         return " to ".join(dict.fromkeys((text(values.min()), text(values.max()))))  # one number if the runs agree
 
     several = f" in {len(ends)} runs" if len(ends) > 1 else ""
-    dense = f" (dense: {dense_loss:.2f})" if dense_loss is not None else ""
+    dense = f" (dense, held-out: {dense_loss:.2f})" if dense_loss is not None else ""
     chance = f" (commonest label: {percent(majority)})" if majority is not None else ""
     return (
         f"After {span(runs['tokens'].max(), compact)} tokens{several} the LM loss is {span(ends['lm_loss'], '{:.2f}'.format)}{dense} "
