@@ -274,7 +274,7 @@ class TestCurves:
         assert first.get_ylim()[0] < 3.2
         assert texts(figure.axes[2]) == ["commonest label 61 %"]
         end = frames["steps"].tail(5)
-        assert title(figure).startswith(f"After 41 K tokens the LM loss is {end['lm_loss'].mean():.2f} (dense: 3.20)")
+        assert title(figure).startswith(f"After 41 K tokens the LM loss is {end['lm_loss'].mean():.2f} (dense, held-out: 3.20)")
         assert f"{100 * end['router_accuracy'].mean():.0f} % of tokens (commonest label: 61 %)" in title(figure)
         above = first.child_axes[0]
         figure.canvas.draw()
