@@ -99,7 +99,7 @@ free = 0.5
         ("rate=1e-5", 1e-5),
         ("rate=2", 2.0),
         ("name=007", "007"),
-        ("name='x y'", "x y"),
+        ("name=C # and 'F': {x", "C # and 'F': {x"),  # a sentence is no YAML
         ("fast=true", True),
         ("thetas=[1, 0.5]", [1.0, 0.5]),
         ("seed_of=null", None),
@@ -132,7 +132,7 @@ def test_values_take_the_parameters_type(project, pair, expected):
         ("output=x", "use the option --output"),
         ("width", "write key=value"),
         ("dynamoe.theta=7", r"dynamoe\.theta"),
-        ("name=[", "cannot be read as YAML"),
+        ("thetas=[", "cannot be read as YAML"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_kernel_starts(project, without_kernel, pair, message):
