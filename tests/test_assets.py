@@ -320,12 +320,6 @@ def test_load_model_from_a_folder(checkpoint):
     assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == before
 
 
-def test_the_seam_offers_loading_too():
-    assert assets.load_model is loading.load_model
-    with pytest.raises(AttributeError):
-        _ = assets.nothing
-
-
 def _edit_weights(folder: Path, change) -> None:
     from safetensors.torch import load_file, save_file
 

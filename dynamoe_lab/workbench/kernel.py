@@ -224,7 +224,7 @@ def execute(
             )
     except PapermillExecutionError as error:
         lines = [line for line in strip_color("\n".join(error.traceback)).splitlines() if line.strip()]
-        return _located(heartbeat, RunError(error.ename, error.evalue, traceback=lines[-12:]))
+        return _located(heartbeat, RunError(error.ename, error.evalue, traceback=lines[-40:]))
     except DeadKernelError:
         return _located(heartbeat, RunError("DeadKernel", "the kernel died (out of memory?)"))
     except Exception as error:
