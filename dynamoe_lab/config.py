@@ -33,7 +33,7 @@ class DataConfig:
     train: str = "c4+wiki"  # text of the training blocks
     calibration: str = "c4+wiki"  # text of the calibration pass that orders the neurons
     heldout: str = "c4+wiki"  # text on which perplexity and routing are measured
-    domains: str = "c4+wiki+code+technical+tiny"  # text on which usage by domain is measured
+    domains: str = "c4+wiki+code+technical+tiny+math+science"  # text on which usage and difficulty by domain are measured
     context: int = 256  # tokens per block
     train_tokens: int = 102_400
     calibration_tokens: int = 16_384
@@ -48,7 +48,7 @@ class DataConfig:
 class TrainConfig:
     """Router training with `transformers.Trainer`; attention, embeddings, norms and head stay frozen (arXiv 2502.12325)."""
 
-    steps: int = 100  # optimizer steps
+    steps: int = 100  # optimizer steps; 0: the model stays as it was converted
     batch_size: int = 4  # blocks per forward pass and device
     accumulation: int = 1  # forward passes per optimizer step
     mlp_lr: float = 2e-4  # AdamW peak learning rate of the MLP weights
@@ -65,7 +65,7 @@ class TrainConfig:
     report_to: list[str] = field(default_factory=list)  # Trainer's trackers by name: tensorboard, wandb, trackio, mlflow
 
     def __post_init__(self) -> None:
-        _at_least("train", self, steps=1, batch_size=1, accumulation=1, mlp_lr=0, router_lr=0, weight_decay=0, warmup_steps=0)
+        _at_least("train", self, steps=0, batch_size=1, accumulation=1, mlp_lr=0, router_lr=0, weight_decay=0, warmup_steps=0)
         _at_least("train", self, max_grad_norm=0, save_steps=1, log_steps=1, divergence=0)
         schedules = [kind.value for kind in SchedulerType]
         if self.schedule not in schedules:

@@ -21,17 +21,45 @@ PICO = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# What a family's pico model has besides or instead; None: a field that its config does not have
+FAMILIES = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,  # shorter than the blocks, so that it matters
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": False,
+    },
+    "gpt_neox": {"num_key_value_heads": None, "tie_word_embeddings": False},
+    "phi": {"tie_word_embeddings": False},
+    "opt": {
+        "num_key_value_heads": None,
+        "intermediate_size": None,
+        "ffn_dim": PICO["intermediate_size"],
+        "initializer_range": None,
+        "init_std": PICO["initializer_range"],
+        "tie_word_embeddings": False,
+    },
+}
 
 
-def make_dense(family: str = "llama", **changes):
-    """A random dense model of a family, in eval mode, the same for the same arguments."""
+def make_dense(family: str = "llama", *, dtype: str = "float32", **changes):
+    """A random dense model of a family, in eval mode, the same for the same arguments; biases are random, too."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = {**PICO, **({"head_dim": 16} if family == "qwen3" else {}), **changes}
+    values = {name: value for name, value in {**PICO, **FAMILIES[family], **changes}.items() if value is not None}
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values), dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zero in fresh models, where a bias that is lost or not reordered would not show
+                parameter.normal_(std=PICO["initializer_range"])
+    return model
 
 
 def make_blocks(n: int = 8, context: int = 24, seed: int = 0):

@@ -32,7 +32,7 @@ def test_names():
         ("dynamoe.tetha=0.8", "did you mean dynamoe.theta"),
         ("steps=3", "steps"),
         ("train.steps=many", "could not be converted to Integer.*train.steps"),
-        ("train.steps=0", "train.steps = 0.*at least 1"),
+        ("train.steps=-1", "train.steps = -1.*at least 0"),
         ("train.mlp_lr=-1", "train.mlp_lr"),
         ("dynamoe.theta=7", "theta = 7.0"),
         ("dynamoe.experts=[0.5,0.25,1.0]", "increasing"),

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from conftest import make_blocks, make_converted, make_dense
+from test_models import ACTIVATIONS, projections
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaModel
 
-from dynamoe_lab.conversion import FORMULAS, calibrate, convert, importance, importance_table
+from dynamoe_lab.config import load_experiment
+from dynamoe_lab.conversion import FORMULAS, calibrate, convert, importance, importance_table, reorder
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import DynaMoEConfig, decoder_layers
 
@@ -15,16 +17,21 @@ from dynamoe_lab.models import DynaMoEConfig, decoder_layers
 def naive_importance(dense, ids, formula):
     """The formulas written out: activations of every layer's MLP, token by token, in float64."""
     rows = []
+    family = dense.config.model_type
     for layer in decoder_layers(dense):
         inputs = []
-        handle = layer.mlp.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0].flatten(0, 1)))
+        first = layer.fc1 if family == "opt" else layer.mlp
+        handle = first.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0].reshape(-1, 64)))
         dense(ids)
         handle.remove()
-        x, mlp = inputs[0].double(), layer.mlp
-        hidden = F.silu(x @ mlp.gate_proj.weight.double().T) * (x @ mlp.up_proj.weight.double().T)
-        down = mlp.down_proj.weight.double()
+        x = inputs[0].double()
+        *ups, (down, down_bias) = [
+            (weight.double(), 0 if bias is None else bias.double()) for weight, bias in projections(getattr(layer, "mlp", layer), family)
+        ]
+        raised = [x @ weight.T + bias for weight, bias in ups]
+        hidden = ACTIVATIONS.get(family, F.silu)(raised[0]) * (raised[1] if len(raised) == 2 else 1)
         if formula == "l2_down_tokennorm":
-            hidden = hidden / (hidden @ down.T).norm(dim=1, keepdim=True)
+            hidden = hidden / (hidden @ down.T + down_bias).norm(dim=1, keepdim=True)
         value = hidden.abs().sum(0) if formula == "abs" else hidden.square().sum(0).sqrt()
         rows.append(value * down.norm(dim=0) if formula.startswith("l2_down") else value)
     return torch.stack(rows)
@@ -35,21 +42,18 @@ def test_importance_formulas(family, blocks, formula):
     dense = make_dense(family)
     statistics = calibrate(dense, blocks, batch_size=3)
     torch.testing.assert_close(importance(statistics, formula), naive_importance(dense, blocks.ids, formula), rtol=1e-4, atol=1e-6)
-    assert statistics.tokens == blocks.ids.numel()
+    assert (statistics["tokens"] == blocks.ids.numel()).all()
 
 
 def test_token_normalising_tames_an_attention_sink(blocks):
     """One token with huge activations decides l2_down, and has one token's say in l2_down_tokennorm."""
     statistics = calibrate(make_dense(), blocks)
-    spike = torch.zeros_like(statistics.squares[0])
-    spike[5] = 1e9 * statistics.squares.max()  # what one sink token adds to neuron 5
-    statistics.squares[0] += spike
-    statistics.normalised_squares[0] += spike / spike.sum()  # its normalised activations have a bounded sum
+    before = importance(statistics, "l2_down_tokennorm")[0].argmax()
+    here = (statistics["layer"] == 0) & (statistics["neuron"] == 5)
+    statistics.loc[here, "squares"] += 1e9 * statistics["squares"].max()  # what one sink token adds to neuron 5
+    statistics.loc[here, "normalised_squares"] += 1  # its normalised activations have a bounded sum
     assert importance(statistics, "l2_down")[0].argmax() == 5
-    assert (
-        importance(statistics, "l2_down_tokennorm")[0].argmax()
-        == importance(calibrate(make_dense(), blocks), "l2_down_tokennorm")[0].argmax()
-    )
+    assert importance(statistics, "l2_down_tokennorm")[0].argmax() == before
 
 
 def test_random_importance_is_seeded(blocks):
@@ -67,13 +71,39 @@ def test_neurons_come_in_order_of_importance(family):
     torch.testing.assert_close(importance(calibrate(dense, make_blocks(seed=7)), "l2_down"), order, rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+def test_reordering_moves_the_frozen_copy_alike(family, blocks):
+    """Also of a converted model: the full output and both kinds of label-making weights stay together."""
+    model = make_converted(family, label_target="frozen")
+    for mlp in model.nested_mlps():
+        mlp.up.weight.mul_(1.1)  # as after training: the two sets of weights differ
+    model.set_routing("full")
+    before = model(blocks.ids, output_router_logits=True)
+    named = {name: value.clone() for name, value in model.state_dict().items()}
+    order = torch.stack([torch.randperm(96, generator=torch.Generator().manual_seed(layer)) for layer in range(3)])
+    reorder(model, order)
+    after = model(blocks.ids, output_router_logits=True)
+    torch.testing.assert_close(after.logits, before.logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(after.similarities[0], before.similarities[0], atol=0.01), "other prefixes, other similarities"
+    for layer in range(3):
+        frozen = [name for name in named if f"layers.{layer}." in name and ".frozen." in name]
+        assert len(frozen) >= 2
+        for name in frozen:
+            down = name.split(".frozen.")[1].startswith(("down_proj", "dense_4h_to_h", "fc2"))
+            value = named[name]
+            moved = value if down and value.dim() == 1 else value[:, order[layer]] if down else value[order[layer]]
+            assert torch.equal(model.state_dict()[name], moved), name
+    reorder(model, order.argsort(dim=1))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in named.items())
+
+
 def test_a_converted_model_is_not_calibrated_again():
     with pytest.raises(InputError, match="dense parent"):
         calibrate(make_converted(), make_blocks())
 
 
 def test_importance_table_is_sorted(blocks):
-    table = importance_table(make_dense(), blocks)
+    table = importance_table(calibrate(make_dense(), blocks))
     assert list(table.columns) == ["formula", "layer", "rank", "value"]
     assert set(table["formula"]) == set(FORMULAS) - {"random"}
     assert len(table) == (len(FORMULAS) - 1) * 3 * 96
@@ -92,6 +122,11 @@ def test_statistics_can_be_shared():
     config = DynaMoEConfig(theta=0.7, router_hidden_size=16, router_init_std=1.0)
     shared = convert(dense, config, statistics=statistics).state_dict()
     assert all(torch.equal(value, shared[name]) for name, value in make_converted().state_dict().items())
+
+
+def test_statistics_of_another_model_are_refused(blocks):
+    with pytest.raises(InputError, match="3 layers of 96 neurons, the model has 3 of 64"):
+        convert(make_dense(intermediate_size=64), DynaMoEConfig(), statistics=calibrate(make_dense(), blocks))
 
 
 def test_provenance_travels(blocks):
@@ -120,6 +155,8 @@ def not_finite():
         (make_dense, {"calibration": None}, "calibration="),
         (make_dense, {"calibration": torch.zeros(0, 4, dtype=torch.long)}, "no blocks"),
         (not_finite, {}, "layer 1 are not finite"),
+        (lambda: make_dense("opt"), {"config": DynaMoEConfig(experts=(0.501, 0.502, 1.0))}, "intermediate size 96"),
+        (lambda: make_dense("opt", layerdrop=0.1), {}, "layerdrop = 0"),
     ],
 )
 def test_bad_conversions_are_refused_in_one_line(dense, arguments, says):
@@ -140,11 +177,35 @@ def test_bad_conversions_are_refused_in_one_line(dense, arguments, says):
         ({"router_hidden_size": 0}, "router_hidden_size"),
         ({"importance": "magic"}, "importance"),
         ({"router_gradient": "reinforce"}, "router_gradient"),
+        ({"label_target": "thawed"}, "label_target"),
+        ({"train_route": "random"}, "train_route = 'random'.*from 0 to 3"),
+        ({"train_route": 4}, "train_route = 4"),
+        ({"train_route": -1}, "train_route"),
+        ({"train_route": True}, "train_route"),
+        ({"train_route": 1.0}, "train_route"),
+        ({"train_route": 2, "experts": (0.5, 1.0)}, "train_route = 2.*from 0 to 1"),
     ],
 )
 def test_impossible_settings_are_refused(values, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as refusal:
         DynaMoEConfig(**values)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("route", ["router", "label", "full", 0, 2])
+def test_train_route_from_the_command_line(route):
+    experiment = load_experiment("quick", [f"dynamoe.train_route={route}", "dynamoe.label_target=frozen"])
+    assert experiment.dynamoe == DynaMoEConfig(**{**vars(load_experiment("quick").dynamoe), "train_route": route, "label_target": "frozen"})
+    assert type(experiment.dynamoe.train_route) is type(route)
+
+
+@pytest.mark.parametrize(
+    "override", ["dynamoe.train_route=7", "dynamoe.train_route=best", "dynamoe.train_route=[1]", "dynamoe.train_route=1.5"]
+)
+def test_a_bad_train_route_from_the_command_line_is_refused(override):
+    with pytest.raises(InputError, match="train_route") as refusal:
+        load_experiment("quick", [override])
+    assert "\n" not in str(refusal.value)
 
 
 def test_sizes_round_fractions():

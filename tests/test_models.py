@@ -1,29 +1,44 @@
 """Converted models against the dense model and against formulas computed another way, for every family."""
 
-import subprocess
-import sys
-from pathlib import Path
+import copy
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
-from conftest import make_blocks, make_converted, make_dense
-from safetensors.torch import load_file, save_file
+from conftest import FAMILIES, make_blocks, make_converted, make_dense
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from dynamoe_lab.models import DynaMoEConfig, decoder_layers, family_of, labels_from_similarity
+from dynamoe_lab.evaluation import expert_params
+from dynamoe_lab.models import decoder_layers, family_of, labels_from_similarity
+
+tanh_gelu = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"gemma3_text": tanh_gelu, "gpt_neox": F.gelu, "phi": tanh_gelu, "opt": F.relu}  # the others: SiLU
+NAMES = {"gpt_neox": ("dense_h_to_4h", "dense_4h_to_h"), "phi": ("fc1", "fc2"), "opt": ("fc1", "fc2")}  # the others: gate, up, down
 
 
-def naive_expert(mlp, x, fraction):
+def projections(mlp, family="llama"):
+    """(weight, bias) of gate, up and down, or of up and down of a plain MLP, by their names in the family's files."""
+    values = dict(mlp.named_parameters())
+    if family == "opt" and "weight" in values:  # the nested MLP is the layer's fc2
+        values |= {"fc2.weight": values["weight"], "fc2.bias": values["bias"]}
+    return [(values[f"{name}.weight"], values.get(f"{name}.bias")) for name in NAMES.get(family, ("gate_proj", "up_proj", "down_proj"))]
+
+
+def naive_expert(mlp, x, fraction, family="llama", parts=None):
     """A separate MLP cut out of the weights, written from the definition."""
-    size = round(fraction * mlp.down_proj.in_features)
-    hidden = F.silu(x @ mlp.gate_proj.weight[:size].T) * (x @ mlp.up_proj.weight[:size].T)
-    return hidden @ mlp.down_proj.weight[:, :size].T
+    *inputs, (down, down_bias) = projections(mlp, family) if parts is None else parts
+    size = round(fraction * down.shape[1])
+    raised = [x @ weight[:size].T + (0 if bias is None else bias[:size]) for weight, bias in inputs]
+    hidden = ACTIVATIONS.get(family, F.silu)(raised[0])
+    if len(raised) == 2:
+        hidden = hidden * raised[1]
+    return hidden @ down[:, :size].T + (0 if down_bias is None else down_bias)
 
 
-def naive_labels(mlp, x, theta):
+def naive_labels(mlp, x, theta, family="llama", parts=None):
     """E separate MLPs, one cosine each, the first that is close enough."""
-    outputs = [naive_expert(mlp, x, fraction) for fraction in mlp.moe.experts]
+    outputs = [naive_expert(mlp, x, fraction, family, parts) for fraction in mlp.moe.experts]
     labels = torch.full((len(x),), len(outputs) - 1)
     for expert in reversed(range(len(outputs) - 1)):
         close = F.cosine_similarity(outputs[expert].double(), outputs[-1].double(), dim=-1) >= theta
@@ -34,7 +49,10 @@ def naive_labels(mlp, x, theta):
 def captured_inputs(model, ids, **kwargs):
     """What every nested MLP is given in one forward: list of [N, D]."""
     inputs = []
-    handles = [mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1))) for mlp in model.nested_mlps()]
+    handles = [
+        mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0].reshape(-1, args[0].shape[-1])))
+        for mlp in model.nested_mlps()
+    ]
     with torch.no_grad():
         output = model(input_ids=ids, **kwargs)
     for handle in handles:
@@ -57,9 +75,15 @@ def test_reordering_moved_neurons_and_dense_is_untouched(family):
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     model = make_converted(family, dense=dense)
     assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
-    for ours, theirs in zip(model.nested_mlps(), decoder_layers(dense), strict=True):
-        assert not torch.equal(ours.up_proj.weight, theirs.mlp.up_proj.weight)
-        assert torch.equal(ours.up_proj.weight.sum(1).sort().values, theirs.mlp.up_proj.weight.sum(1).sort().values)
+    for ours, layer in zip(model.nested_mlps(), decoder_layers(dense), strict=True):
+        for (moved, moved_bias), (fixed, fixed_bias) in zip(
+            projections(ours, family), projections(getattr(layer, "mlp", layer), family), strict=True
+        ):
+            assert not torch.equal(moved, fixed)
+            assert torch.equal(moved.flatten().sort().values, fixed.flatten().sort().values)
+            if fixed_bias is not None:
+                assert torch.equal(moved_bias.sort().values, fixed_bias.sort().values)
+                assert torch.equal(moved_bias, fixed_bias) == (len(fixed_bias) == 64), "biases of neurons move, the output's stays"
 
 
 @torch.no_grad()
@@ -69,7 +93,7 @@ def test_prefixes_equal_sliced_mlps(family, blocks, experts):
     for mlp in model.nested_mlps():
         x = torch.randn(5, 64, generator=torch.Generator().manual_seed(mlp.layer))
         for expert, fraction in enumerate(experts):
-            torch.testing.assert_close(mlp.expert_output(x, expert), naive_expert(mlp, x, fraction), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(mlp.expert_output(x, expert), naive_expert(mlp, x, fraction, family), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -77,10 +101,10 @@ def test_labels_equal_separate_mlps(family, blocks):
     model = make_converted(family, theta=0.7)
     inputs, output = captured_inputs(model, blocks.ids, output_router_logits=True)
     for mlp, x, labels, similarities in zip(model.nested_mlps(), inputs, output.labels, output.similarities, strict=True):
-        assert torch.equal(labels, naive_labels(mlp, x, 0.7))
+        assert torch.equal(labels, naive_labels(mlp, x, 0.7, family))
         assert len(labels.unique()) > 1, "a test of labels needs labels that vary"
         for theta in (-1.0, 0.3, 0.95):
-            assert torch.equal(labels_from_similarity(similarities, theta), naive_labels(mlp, x, theta))
+            assert torch.equal(labels_from_similarity(similarities, theta), naive_labels(mlp, x, theta, family))
 
 
 @torch.no_grad()
@@ -102,7 +126,8 @@ def test_routed_output_is_the_chosen_experts(family, blocks):
     for mlp, x, experts, logits in zip(model.nested_mlps(), inputs, output.experts, output.router_logits, strict=True):
         assert torch.equal(experts, logits.argmax(-1))
         assert len(experts.unique()) > 1
-        expected = torch.stack([naive_expert(mlp, x[i], mlp.moe.experts[expert]) for i, expert in enumerate(experts.tolist())])
+        parts = [naive_expert(mlp, x, fraction, family) for fraction in mlp.moe.experts]
+        expected = torch.stack([parts[expert][i] for i, expert in enumerate(experts.tolist())])
         torch.testing.assert_close(mlp(x), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -118,7 +143,8 @@ def test_a_token_does_not_depend_on_its_batch_or_its_future(family, blocks, mode
 
 
 @torch.no_grad()
-def test_padding_changes_nothing(family, blocks):
+@pytest.mark.parametrize("positions", ["given", "by the model"])
+def test_padding_changes_nothing(family, blocks, positions):
     model = make_converted(family)
     plain = model(blocks.ids[:4], labels=blocks.ids[:4])
     pads = torch.zeros(4, 5, dtype=torch.long)
@@ -129,8 +155,8 @@ def test_padding_changes_nothing(family, blocks):
         labels = (blocks.ids[:4], pads - 100) if side == "right" else (pads - 100, blocks.ids[:4])
         keep = slice(0, 24) if side == "right" else slice(5, None)
         attention = torch.cat(masks, 1)
-        position = (attention.cumsum(1) - 1).clamp_min(0)
-        padded = model(torch.cat(order, 1), attention_mask=attention, position_ids=position, labels=torch.cat(labels, 1))
+        extra = {"position_ids": (attention.cumsum(1) - 1).clamp_min(0)} if positions == "given" else {}
+        padded = model(torch.cat(order, 1), attention_mask=attention, labels=torch.cat(labels, 1), **extra)
         torch.testing.assert_close(padded.logits[:, keep], plain.logits, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(padded.router_loss, plain.router_loss, atol=1e-5, rtol=1e-5)
         if side == "right":
@@ -207,31 +233,33 @@ def test_loss_is_the_papers(family, blocks):
     torch.testing.assert_close(output.lm_loss, lm)
 
 
-def reference_forward(mlp, x, gradient):
+def reference_forward(mlp, x, gradient, family):
     """The training output with plain autograd: every block's product, weighted."""
     logits = mlp.router(x)
     p = logits.softmax(-1)
-    hard = F.one_hot(logits.argmax(-1), mlp.moe.num_experts).float()
-    hidden = F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
-    products = torch.stack([hidden[:, lo:hi] @ mlp.down_proj.weight[:, lo:hi].T for lo, hi in mlp.blocks], dim=1)  # [N, E, D]
+    hard = F.one_hot(logits.argmax(-1), mlp.moe.num_experts).to(p)
+    outputs = [naive_expert(mlp, x, fraction, family) for fraction in mlp.moe.experts]
+    bias = projections(mlp, family)[-1][1]
+    bias = 0 if bias is None else bias
+    products = torch.stack([outputs[0] - bias] + [high - low for low, high in pairwise(outputs)], dim=1)  # [N, E, D]
     if gradient == "probability":
         chosen = p.gather(1, logits.argmax(-1)[:, None])
         weights = hard.flip(-1).cumsum(-1).flip(-1)
-        return (weights[..., None] * products).sum(1) * (chosen / chosen.detach())
+        return (weights[..., None] * products).sum(1) * (chosen / chosen.detach()) + bias
     st = hard + p - p.detach() if gradient == "straight_through" else hard
     weights = torch.stack([st[:, b:].sum(-1) for b in range(mlp.moe.num_experts)], dim=-1)
-    return (weights[..., None] * products).sum(1)
+    return (weights[..., None] * products).sum(1) + bias
 
 
 @pytest.mark.parametrize("gradient", ["straight_through", "probability", "none"])
-def test_gradients_equal_plain_autograd(gradient):
-    model = make_converted(router_gradient=gradient).double()
+def test_gradients_equal_plain_autograd(family, gradient):
+    model = make_converted(family, router_gradient=gradient).double()
     mlp = model.nested_mlps()[1]
     x = torch.randn(11, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     target = torch.randn(11, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     names = ["x", *(name for name, _ in mlp.named_parameters())]
     grads = []
-    for forward in (mlp, lambda value: reference_forward(mlp, value, gradient)):
+    for forward in (mlp, lambda value: reference_forward(mlp, value, gradient, family)):
         loss = (forward(x) * target).sum()
         grads.append(torch.autograd.grad(loss, [x, *mlp.parameters()], allow_unused=True))
     for name, ours, expected in zip(names, *grads, strict=True):
@@ -268,124 +296,197 @@ def test_label_route_trains_on_the_labels(blocks):
     assert all(torch.equal(a, b.argmax(-1)) for a, b in zip(output.experts, output.router_logits, strict=True))
 
 
-def test_gradient_checkpointing_changes_no_gradient(blocks):
-    model = make_converted().train()
+def test_gradient_checkpointing_changes_no_gradient(family, blocks):
+    model = make_converted(family).train()
     grads = []
     for on in (False, True):
         if on:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.zero_grad()
+        torch.manual_seed(5)  # of the dropout of those families that have it
         model(blocks.ids, labels=blocks.ids, use_cache=False).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, checkpointed)
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------------------
+# --- label targets and training routes -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_save_and_load(family, blocks, tmp_path):
-    model = make_converted(family)
-    model.save_pretrained(tmp_path)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is type(model)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert torch.equal(loaded.eval()(blocks.ids).logits, model(blocks.ids).logits)
-    assert DynaMoEConfig.from_dict(loaded.config.moe) == model.moe
-    assert not list(tmp_path.glob("*.bin"))
-    model.config.moe = {**model.config.moe, "trained_tokens": 1234}
-    model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "1,234 tokens" in card
-    assert "theta" in card
-    (tmp_path / "README.md").write_text("my own words")
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "my own words"
-    assert str(Path.home()) not in card + (tmp_path / "config.json").read_text()
+def move_mlps(model):
+    """As training would: every MLP weight goes elsewhere, routers stay."""
+    generator = torch.Generator().manual_seed(3)
+    for mlp in model.nested_mlps():
+        for name, parameter in mlp.named_parameters():
+            if not name.startswith("router"):
+                parameter.add_(0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator))
 
 
 @torch.no_grad()
-def test_without_routers_it_is_a_plain_dense_checkpoint(family, blocks, tmp_path):
-    model = make_converted(family)
-    model.save_pretrained(tmp_path / "moe")
-    weights = load_file(tmp_path / "moe" / "model.safetensors")
-    dense = make_dense(family)
-    (tmp_path / "plain").mkdir()
-    save_file(
-        {name: value for name, value in weights.items() if ".router." not in name},
-        tmp_path / "plain" / "model.safetensors",
-        {"format": "pt"},
+def test_frozen_labels_stay_those_of_the_conversion(family, blocks):
+    """Equal to current labels before training; after it those of MLPs cut out of the old weights, on the inputs of today."""
+    frozen, current = (make_converted(family, theta=0.7, label_target=target) for target in ("frozen", "current"))
+    before = [[(w.clone(), None if b is None else b.clone()) for w, b in projections(mlp, family)] for mlp in frozen.nested_mlps()]
+    outputs = [model(blocks.ids, output_router_logits=True) for model in (frozen, current)]
+    for ours, theirs in zip(outputs[0].similarities, outputs[1].similarities, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits)
+    move_mlps(frozen)
+    inputs, moved = captured_inputs(frozen, blocks.ids, output_router_logits=True)
+    for mlp, x, old, labels in zip(frozen.nested_mlps(), inputs, before, moved.labels, strict=True):
+        assert torch.equal(labels, naive_labels(mlp, x, 0.7, family, old))
+        assert not torch.equal(labels, naive_labels(mlp, x, 0.7, family))
+    frozen.set_routing("label")
+    routed = frozen(blocks.ids, output_router_logits=True)
+    assert all(torch.equal(a, b) for a, b in zip(routed.experts, routed.labels, strict=True))
+    torch.testing.assert_close(frozen(blocks.ids).logits, routed.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_copies_neither_learn_nor_count(family, blocks):
+    frozen, current = (make_converted(family, label_target=target).train() for target in ("frozen", "current"))
+    assert [name for name, _ in frozen.named_parameters()] == [name for name, _ in current.named_parameters()]
+    assert [expert_params(mlp) for mlp in frozen.nested_mlps()] == [expert_params(mlp) for mlp in current.nested_mlps()]
+    extra = set(frozen.state_dict()) - set(current.state_dict())
+    per_layer = [len([name for name, _ in mlp.named_parameters() if not name.startswith("router")]) for mlp in frozen.nested_mlps()]
+    assert len(extra) == sum(per_layer)
+    assert all(".frozen." in name for name in extra)
+    frozen(blocks.ids, labels=blocks.ids).loss.backward()
+    assert not any(frozen.state_dict()[name].requires_grad for name in extra)
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "probability"])
+@pytest.mark.parametrize("route", [0, 2, 3, "full"])
+def test_a_static_route_trains_its_prefix_alone(family, blocks, route, gradient):
+    """The LM loss reaches the first blocks as it would in a model whose MLPs end there, and neither the rest nor the router."""
+    model = make_converted(family, train_route=route, router_gradient=gradient, lambda_router=0.0, lambda_lm=1.0)
+    last = 3 if route == "full" else route
+    width = (24, 48, 72, 96)[last]
+    model.set_routing("label")  # decides in eval mode only
+    model.train()
+    for module in model.modules():  # only OPT has it, and there it would differ between the two models
+        if hasattr(module, "dropout"):
+            module.dropout = 0.0
+    output = model(blocks.ids, labels=blocks.ids)
+    assert all(bool((experts == last).all()) for experts in output.experts)
+    with torch.no_grad():
+        torch.testing.assert_close(model(blocks.ids).logits, output.logits, atol=1e-4, rtol=1e-4)  # the same by the prefix path
+    output.loss.backward()
+    cut = make_dense(family)
+    cut.load_state_dict({name: value for name, value in model.state_dict().items() if ".router." not in name})
+    with torch.no_grad():
+        for layer in decoder_layers(cut):
+            projections(getattr(layer, "mlp", layer), family)[-1][0][:, width:] = 0  # neurons beyond the prefix say nothing
+    cut(blocks.ids, labels=blocks.ids).loss.backward()
+    for mlp, layer in zip(model.nested_mlps(), decoder_layers(cut), strict=True):
+        assert not any(parameter.grad.any() for parameter in mlp.router.parameters())
+        ours, theirs = projections(mlp, family), projections(getattr(layer, "mlp", layer), family)
+        for index, ((weight, bias), (expected, expected_bias)) in enumerate(zip(ours, theirs, strict=True)):
+            mine, other = (weight.grad.T, expected.grad.T) if index == len(ours) - 1 else (weight.grad, expected.grad)  # [H, D]
+            torch.testing.assert_close(mine[:width], other[:width], atol=1e-5, rtol=1e-3)
+            assert bool(mine[:width].any())
+            assert not mine[width:].any()
+            if bias is not None:
+                torch.testing.assert_close(bias.grad, expected_bias.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_a_static_route_leaves_the_router_its_own_loss(blocks):
+    model = make_converted(train_route=1, lambda_lm=0.0, lambda_router=1.0).train()
+    output = model(blocks.ids, labels=blocks.ids)
+    output.loss.backward()
+    torch.testing.assert_close(
+        output.loss, sum(F.cross_entropy(a, b) for a, b in zip(output.router_logits, output.labels, strict=True)) / 3
     )
-    dense.config.save_pretrained(tmp_path / "plain")
-    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
-    assert type(plain) is family_of(family).causal_lm
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    torch.testing.assert_close(plain.eval()(blocks.ids).logits, dense(blocks.ids).logits, atol=1e-4, rtol=1e-4)
+    assert all(bool(parameter.grad.any()) for mlp in model.nested_mlps() for parameter in mlp.router.parameters())
+    model.eval()
+    assert not all(bool((experts == 1).all()) for experts in model(blocks.ids, output_router_logits=True).experts)
+
+
+# --- what the family table says -------------------------------------------------------------------------------------------------------
+
+VARIANTS = [
+    *((name, {}) for name in FAMILIES),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("phi", {"qk_layernorm": True}),
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),  # OPT-350m
+    ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),  # Galactica
+    ("gemma3_text", {"final_logit_softcapping": 5.0, "attention_bias": True}),
+]
 
 
 @torch.no_grad()
-def test_tied_embeddings_stay_tied(family, tmp_path):
-    model = make_converted(family, dense=make_dense(family, tie_word_embeddings=True))
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+@pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=lambda value: value if isinstance(value, str) else "+".join(value) or "-")
+@pytest.mark.parametrize("converted", [False, True])
+def test_the_residual_stream_is_where_the_table_says(family, changes, converted, blocks):
+    """r plus the MLP's output (after its norm) plus, in parallel layers, the attention's output is the layer's output."""
+    dense = make_dense(family, **changes)
+    model = make_converted(family, dense=dense) if converted else dense
+    row, seen = family_of(family), {}
+
+    def keep(name, value):
+        seen[name] = (value[0] if isinstance(value, tuple) else value).reshape(-1, 64)
+
+    for layer in decoder_layers(model):
+        attention = getattr(layer, "self_attn", None) or layer.attention
+        row.residual_source(layer, model.config).register_forward_pre_hook(lambda module, args: keep("residual", args))
+        row.nested(layer).register_forward_hook(lambda module, args, output: keep("mlp", output))
+        attention.register_forward_hook(lambda module, args, output: keep("attention", output))
+        layer.register_forward_hook(lambda module, args, output: keep("layer", output))
+    model(blocks.ids)  # what stays is of the last layer
+    output = seen["mlp"] if row.output_norm is None else getattr(layer, row.output_norm)(seen["mlp"])
+    total = seen["residual"] + output + (seen["attention"] if row.is_parallel(model.config) else 0)
+    if row.norm_first and not getattr(model.config, row.norm_first):
+        total = getattr(layer, row.residual_norm)(total)
+    torch.testing.assert_close(total, seen["layer"], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "changes"), VARIANTS[len(FAMILIES) :], ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
+def test_variants_keep_the_dense_function(family, changes, blocks, tmp_path):
+    dense = make_dense(family, **changes)
+    model = make_converted(family, dense=dense)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    untied = make_converted(family, dense=make_dense(family, tie_word_embeddings=False))
-    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
-
-
-def test_missing_routers_are_initialised(family, tmp_path):
-    """A dense-only weight file loads (through the meta device) with fresh routers: no NaN, no zeros left from empty memory."""
-    model = make_converted(family)
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file({name: value for name, value in weights.items() if ".router." not in name}, tmp_path / "model.safetensors", {"format": "pt"})
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert info["missing_keys"]
-    assert all(".router." in key for key in info["missing_keys"])
-    for mlp in loaded.nested_mlps():
-        for parameter in mlp.router.parameters():
-            assert bool(torch.isfinite(parameter).all())
-            assert 0 < float(parameter.detach().std()) < 1
+    for candidate in (model, type(model).from_pretrained(tmp_path).eval()):
+        candidate.set_routing("full")
+        torch.testing.assert_close(candidate(blocks.ids).logits, dense(blocks.ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_loads_in_a_fresh_process_without_this_package(family, blocks, tmp_path):
-    model = make_converted(family)
-    model.save_pretrained(tmp_path / "model")
-    torch.save({"ids": blocks.ids, "logits": model(blocks.ids).logits}, tmp_path / "expected.pt")
-    program = f"""
-import sys
-sys.modules["dynamoe_lab"] = None
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True).eval()
-expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
-with torch.no_grad():
-    torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], atol=1e-5, rtol=1e-5)
-model.generate(expected["ids"][:1, :5], max_new_tokens=3)
-"""
-    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_config_survives_json(family, tmp_path):
-    config = make_converted(family).config
-    config.save_pretrained(tmp_path)
-    loaded = AutoConfig.from_pretrained(tmp_path)
-    assert loaded.model_type == f"dynamoe_{family}"
-    assert loaded.moe == config.moe
+def test_a_copy_is_a_model_of_its_own(family, blocks):
+    model = make_converted(family, label_target="frozen")
+    before = model(blocks.ids, output_router_logits=True)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    after = twin(blocks.ids, output_router_logits=True)
+    assert torch.equal(after.logits, before.logits)
+    assert all(torch.equal(a, b) for a, b in zip(after.similarities, before.similarities, strict=True))
 
 
 @torch.no_grad()
-def test_bfloat16_runs_and_stays_close(blocks):
-    model = make_converted()
+def test_half_precision_keeps_the_dense_buffers(family, blocks):
+    """Rotary frequencies stay float32: cast with the weights they would turn far positions."""
+    dense = make_dense(family, dtype="bfloat16")
+    model = make_converted(family, dense=dense)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    theirs, ours = dict(dense.named_buffers()), dict(model.named_buffers())
+    assert theirs.keys() == ours.keys()
+    assert all(value.dtype == ours[name].dtype and torch.equal(value, ours[name]) for name, value in theirs.items())
+    model.set_routing("full")
+    expected = dense(blocks.ids).logits.float()
+    assert float((model(blocks.ids).logits.float() - expected).abs().mean() / expected.abs().mean()) < 0.05
+    model.set_routing("router")
+    assert bool(torch.isfinite(model(blocks.ids, labels=blocks.ids).loss))
+
+
+@torch.no_grad()
+def test_bfloat16_runs_and_stays_close(family, blocks):
+    model = make_converted(family)
     model.set_routing("full")
     expected = model(blocks.ids).logits
     half = model.to(torch.bfloat16)
-    half.set_routing("full")
     assert float((half(blocks.ids).logits.float() - expected).abs().mean() / expected.abs().mean()) < 0.05
     half.set_routing("router")
     assert bool(torch.isfinite(half(blocks.ids, labels=blocks.ids).loss))

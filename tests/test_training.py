@@ -30,7 +30,7 @@ def test_only_mlps_and_routers_learn(family, tmp_path):
     before = weights(model)
     train(model, make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
-    learnable = {name for name in before if ".mlp." in name}
+    learnable = {name for name in before if ".mlp." in name or ".fc1." in name or ".fc2." in name}
     assert changed == learnable
     assert all(p.requires_grad for p in model.parameters()), "training gives back the flags it found"
     assert not model.training
@@ -90,6 +90,53 @@ def test_finished_folder_is_read_back(tmp_path):
     assert again.config.moe == model.config.moe
     assert again.config.moe["trained_tokens"] == 6 * 2 * 24
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "steps.parquet", "train.json"]
+
+
+def test_no_steps_leave_the_model_as_it_was_converted(tmp_path):
+    model = make_converted()
+    before = weights(model)
+    for _ in range(2):  # the second call reads the folder back
+        steps = train(model, make_blocks(), TrainConfig(steps=0), output_dir=tmp_path, progress=False)
+        assert list(steps.columns) == COLUMNS
+        assert len(steps) == 0
+        assert steps["tokens"].sum() == 0
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    loaded = type(model).from_pretrained(tmp_path / "checkpoint")
+    assert all(torch.equal(before[name], value) for name, value in loaded.state_dict().items())
+    assert loaded.config.moe["trained_tokens"] == 0
+
+
+@pytest.mark.parametrize("route", [1, "full"])
+def test_a_static_route_trains_its_width_and_leaves_routers(route, tmp_path):
+    """The static control: neurons beyond the prefix and, with lambda_router = 0, the routers stay bit for bit."""
+    model = make_converted(train_route=route, lambda_router=0.0, lambda_lm=1.0)
+    model.set_routing("label")
+    before, width = weights(model), 48 if route == 1 else 96
+    steps = train(model, make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+    assert (steps["active_mlp_fraction"] - width / 96).abs().max() < 1e-6
+    assert model.routing.mode == "label", "training does not touch what was chosen for evaluation"
+    for name, value in model.state_dict().items():
+        neurons = 1 if "down_proj" in name else 0
+        if ".router." in name or ".mlp." not in name:
+            assert torch.equal(value, before[name]), name
+        else:
+            trained, was = value.split([width, 96 - width], dim=neurons), before[name].split([width, 96 - width], dim=neurons)
+            assert not torch.equal(trained[0], was[0])
+            assert torch.equal(trained[1], was[1])
+
+
+def test_frozen_copies_survive_training_and_its_checkpoint(family, tmp_path, blocks):
+    model = make_converted(family, label_target="frozen")
+    before = weights(model)
+    train(model, make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+    frozen = {name for name in before if ".frozen." in name}
+    assert frozen
+    assert all(torch.equal(before[name], model.state_dict()[name]) for name in frozen)
+    loaded = type(model).from_pretrained(tmp_path / "checkpoint").eval()
+    with torch.no_grad():
+        ours, theirs = (each(blocks.ids, output_router_logits=True).similarities for each in (loaded, model))
+    for first, second in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):

@@ -1,16 +1,17 @@
 """Dense -> DynaMoE: order every MLP's neurons by importance, then let prefixes be experts (arXiv 2502.12325).
 
-Reordering permutes the rows of gate and up and the columns of down, so the function stays; the dense model is left untouched.
+Reordering permutes the rows (and biases) of gate and up and the columns of down, so the function stays; the dense model is left untouched.
 """
 
+import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, initialization
 
-from dynamoe_lab.conversion.statistics import CalibrationStatistics, calibrate, importance
+from dynamoe_lab.conversion.statistics import calibrate, importance
 from dynamoe_lab.data import Blocks
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.models import CONFIG_CLASSES, FAMILIES, MODEL_CLASSES, DynaMoEConfig, decoder_layers, family_of
+from dynamoe_lab.models import CONFIG_CLASSES, MODEL_CLASSES, DynaMoEConfig, decoder_layers, family_of
 
 __all__ = ["convert", "convert_dynamoe", "reorder"]
 
@@ -20,7 +21,7 @@ def convert(
     config: DynaMoEConfig | None = None,
     *,
     calibration: Blocks | Tensor | None = None,
-    statistics: CalibrationStatistics | None = None,
+    statistics: pd.DataFrame | None = None,
 ) -> PreTrainedModel:
     """Convert a dense causal language model; returns a new model in eval mode, the dense one stays as it is.
 
@@ -28,7 +29,7 @@ def convert(
         dense: a model of a family in `dynamoe_lab.models.FAMILIES`.
         config: the method and its settings; None: `DynaMoEConfig()`.
         calibration: blocks [n, T] for the calibration pass (the paper: 0.004 % of the training tokens), or
-        statistics: the result of `calibrate` on this model, to try several settings on one pass.
+        statistics: the frame of `calibrate` on this model, so that several settings share one pass.
 
     Raises:
         InputError: not a transformers model, an unsupported family, a model that is converted already, sizes that collapse, no calibration.
@@ -44,7 +45,7 @@ def convert_dynamoe(
     config: DynaMoEConfig,
     *,
     calibration: Blocks | Tensor | None = None,
-    statistics: CalibrationStatistics | None = None,
+    statistics: pd.DataFrame | None = None,
 ) -> PreTrainedModel:
     """`convert` for a `DynaMoEConfig`."""
     if not isinstance(dense, PreTrainedModel):
@@ -61,18 +62,31 @@ def convert_dynamoe(
     if getattr(dense.config, "quantization_config", None) is not None:
         raise InputError("convert: this model is quantized; load it in float32, bfloat16 or float16 (its MLP rows have to be permuted)")
     try:
-        config.sizes(dense.config.intermediate_size)
+        config.sizes(getattr(dense.config, family.intermediate_size))
     except ValueError as error:
         raise InputError(f"convert: {error}") from error
+    if getattr(dense.config, "layerdrop", 0):
+        raise InputError(
+            "convert: this model skips layers at random in training, so that a router may see no token; set config.layerdrop = 0"
+        )
     if statistics is None:
         if calibration is None:
             raise InputError("convert: importance needs text; pass calibration=lab.load_blocks(..., split='calibration')")
         statistics = calibrate(dense, calibration)
     scores = importance(statistics, config.importance, seed=config.importance_seed)  # [L, H]
+    width = getattr(dense.config, family.intermediate_size)
+    if scores.shape != (len(decoder_layers(dense)), width):
+        raise InputError(
+            f"convert: these statistics are of {scores.shape[0]} layers of {scores.shape[1]} neurons, the model has "
+            f"{len(decoder_layers(dense))} of {width}; calibrate this model"
+        )
     order = scores.argsort(dim=1, descending=True, stable=True)
 
-    model = _with_weights_of(dense, config, calibration_tokens=statistics.tokens)
+    model = _with_weights_of(dense, config, calibration_tokens=int(statistics["tokens"].iloc[0]))
     reorder(model, order)
+    for mlp in model.nested_mlps():
+        for frozen in (mlp.frozen or {}).values():
+            frozen.remember()
     _fresh_routers(model, config)
     return model.eval()
 
@@ -87,8 +101,12 @@ def _with_weights_of(dense: PreTrainedModel, config: DynaMoEConfig, *, calibrati
     with initialization.no_init_weights():  # every weight is copied below, routers are drawn after
         model = MODEL_CLASSES[model_type](CONFIG_CLASSES[model_type](**values, moe=moe))
     model = model.to(device=dense.device, dtype=dense.dtype)
+    for name, buffer in dense.named_buffers():  # rotary frequencies and the like stay float32 in a half-precision model
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.clone())
     loaded = model.load_state_dict(dense.state_dict(), strict=False)
-    strangers = [name for name in loaded.missing_keys if ".router." not in name] + loaded.unexpected_keys
+    ours = (".router.", ".frozen.")
+    strangers = [name for name in loaded.missing_keys if not any(part in name for part in ours)] + loaded.unexpected_keys
     if strangers:
         raise InputError(f"convert: the {model_type} model has weights that its family does not know: {', '.join(strangers[:3])}")
     model.tie_weights()
@@ -105,24 +123,25 @@ def _name_of(dense: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def reorder(model: PreTrainedModel, order: Tensor) -> None:
-    """Permute the MLP neurons of every layer in place; the model's function stays.
+    """Permute the MLP neurons of every layer in place, frozen copies too; the model's function stays.
 
     Args:
         model: dense or converted model.
         order: [L, H] int64; neuron `order[l, k]` of layer l becomes its k-th.
     """
-    family = FAMILIES[model.config.model_type.removeprefix("dynamoe_")]
+    family = family_of(model.config.model_type)
     for layer, permutation in zip(decoder_layers(model), order, strict=True):
-        mlp = getattr(layer, family.mlp)
+        holder = family.holder(layer)
+        frozen = getattr(family.nested(layer), "frozen", None) or {}
         for name in family.projections:
-            linear = getattr(mlp, name)
-            indices = permutation.to(linear.weight.device)
-            if name == family.down:
-                linear.weight.copy_(linear.weight[:, indices])
-                continue
-            linear.weight.copy_(linear.weight[indices])
-            if linear.bias is not None:
-                linear.bias.copy_(linear.bias[indices])
+            for linear in (getattr(holder, name), *([frozen[name]] if frozen else [])):
+                indices = permutation.to(linear.weight.device)
+                if name == family.down:
+                    linear.weight.copy_(linear.weight[:, indices])
+                    continue
+                linear.weight.copy_(linear.weight[indices])
+                if linear.bias is not None:
+                    linear.bias.copy_(linear.bias[indices])
 
 
 @torch.no_grad()

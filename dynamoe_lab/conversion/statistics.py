@@ -1,11 +1,10 @@
 """One calibration pass: which neurons matter, by every importance formula at once.
 
 Forward hooks on the down projections of the *dense* model see each neuron's activation h_j and the MLP's output, so all importance
-formulas cost one forward. Sums are kept in float64. Position 0 is an attention sink whose activations can be 99.8 % of a layer's squared
-sum; `l2_down_tokennorm` divides a token's activations by the norm of its MLP output first, so that no token speaks for the layer.
+formulas, and all settings of a conversion, share one forward, whose frame is kept. Sums are float64. Position 0 is an attention sink that
+can hold nearly all of a layer's squared sum; `l2_down_tokennorm` divides a token's activations by the norm of its MLP output first, so
+that no token speaks for the layer.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -17,25 +16,19 @@ from dynamoe_lab.data import Blocks, require_blocks
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import decoder_layers, family_of
 
-__all__ = ["FORMULAS", "CalibrationStatistics", "calibrate", "importance", "importance_table"]
+__all__ = ["FORMULAS", "calibrate", "importance", "importance_table"]
 
+SUMS = ("squares", "absolutes", "normalised_squares", "down_norm")
 FORMULAS = ("l2_down", "l2_down_tokennorm", "l2", "abs", "random")
 
 
-@dataclass
-class CalibrationStatistics:
-    """Sums over calibration tokens, each [L, H] float64 on the CPU, and how many tokens they saw."""
-
-    squares: Tensor  # sum_t h_tj^2
-    absolutes: Tensor  # sum_t |h_tj|
-    normalised_squares: Tensor  # sum_t (h_tj / ||MLP(x_t)||)^2
-    down_norms: Tensor  # ||W_down[:, j]||
-    tokens: int
-
-
 @torch.no_grad()
-def calibrate(dense: PreTrainedModel, calibration: Blocks | Tensor, *, batch_size: int = 8) -> CalibrationStatistics:
+def calibrate(dense: PreTrainedModel, calibration: Blocks | Tensor, *, batch_size: int = 8) -> pd.DataFrame:
     """Run calibration blocks [n, T] through a dense model once and collect activation statistics of every layer's MLP.
+
+    Returns:
+        One row per layer and neuron, in order: layer, neuron, squares (sum over tokens of h_tj^2), absolutes (sum of |h_tj|),
+        normalised_squares (sum of (h_tj / ||MLP(x_t)||)^2), down_norm (||W_down[:, j]||), all float64; tokens (that were seen).
 
     Raises InputError if activations are not finite (a broken checkpoint), there are no blocks, or the model is converted already.
     """
@@ -46,7 +39,7 @@ def calibrate(dense: PreTrainedModel, calibration: Blocks | Tensor, *, batch_siz
         family = family_of(dense.config.model_type)
     except ValueError as error:
         raise InputError(f"calibrate: {error}") from error
-    downs = [layer.get_submodule(f"{family.mlp}.{family.down}") for layer in decoder_layers(dense)]
+    downs = [getattr(family.holder(layer), family.down) for layer in decoder_layers(dense)]
     shape = (len(downs), downs[0].in_features)
     squares, absolutes, normalised = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
 
@@ -76,37 +69,46 @@ def calibrate(dense: PreTrainedModel, calibration: Blocks | Tensor, *, batch_siz
         layer = int((~torch.isfinite(squares)).any(dim=1).nonzero()[0])
         raise InputError(f"calibration: activations of layer {layer} are not finite; check the checkpoint and its dtype")
     down_norms = torch.stack([down.weight.float().norm(dim=0).double().cpu() for down in downs])
-    return CalibrationStatistics(squares, absolutes, normalised, down_norms, tokens=blocks.ids.numel())
+    layers, neurons = shape
+    columns = zip(SUMS, (squares, absolutes, normalised, down_norms), strict=True)
+    return pd.DataFrame(
+        {
+            "layer": np.repeat(np.arange(layers), neurons),
+            "neuron": np.tile(np.arange(neurons), layers),
+            **{name: values.flatten().numpy() for name, values in columns},
+            "tokens": blocks.ids.numel(),
+        }
+    )
 
 
-def importance(statistics: CalibrationStatistics, formula: str, *, seed: int = 0) -> Tensor:
+def importance(statistics: pd.DataFrame, formula: str, *, seed: int = 0) -> Tensor:
     """Importance of every neuron, [L, H] float64, larger matters more. arXiv 2502.12325 leaves the formula open.
 
     `l2_down`: sqrt(sum h_j^2) * ||W_down[:, j]||; `l2_down_tokennorm`: the same with each token's activations divided by the norm of its
-    MLP output; `l2`: sqrt(sum h_j^2); `abs`: sum |h_j|; `random`: uniform numbers from `seed`, the control.
+    MLP output; `l2`: sqrt(sum h_j^2); `abs`: sum |h_j|; `random`: uniform numbers from `seed`, the control. `statistics` is the frame of
+    `calibrate`.
     """
+    layers = int(statistics["layer"].max()) + 1
+    squares, absolutes, normalised, down_norm = (torch.from_numpy(statistics[name].to_numpy().reshape(layers, -1).copy()) for name in SUMS)
     if formula == "l2_down":
-        return statistics.squares.sqrt() * statistics.down_norms
+        return squares.sqrt() * down_norm
     if formula == "l2_down_tokennorm":
-        return statistics.normalised_squares.sqrt() * statistics.down_norms
+        return normalised.sqrt() * down_norm
     if formula == "l2":
-        return statistics.squares.sqrt()
+        return squares.sqrt()
     if formula == "abs":
-        return statistics.absolutes.clone()
+        return absolutes
     if formula == "random":
-        return torch.rand(statistics.squares.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return torch.rand(squares.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     raise InputError(f"importance {formula!r}: choose one of {', '.join(FORMULAS)}")
 
 
-def importance_table(
-    dense: PreTrainedModel, calibration: Blocks | Tensor, *, formulas: tuple[str, ...] = FORMULAS[:-1], batch_size: int = 8
-) -> pd.DataFrame:
-    """Importance of a dense model's neurons in order, by several formulas from one calibration pass.
+def importance_table(statistics: pd.DataFrame, *, formulas: tuple[str, ...] = FORMULAS[:-1]) -> pd.DataFrame:
+    """Importance of a dense model's neurons in order, by several formulas from the frame of one `calibrate`.
 
     Returns columns formula, layer, rank (0 = most important neuron of its layer), value. `random` is left out unless asked for: sorted
     random numbers have a curve, too, but it says nothing about the model.
     """
-    statistics = calibrate(dense, calibration, batch_size=batch_size)
     frames = []
     for formula in formulas:
         values = importance(statistics, formula).sort(dim=1, descending=True).values  # [L, H]

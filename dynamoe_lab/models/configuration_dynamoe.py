@@ -8,7 +8,17 @@ from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal
 
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 try:  # transformers 5 makes config classes strict dataclasses; a subclass that adds a field has to say so too
     from huggingface_hub.dataclasses import strict
@@ -18,14 +28,19 @@ except ImportError:  # pragma: no cover - older hubs
 __all__ = [
     "CONFIG_CLASSES",
     "DynaMoEConfig",
+    "DynaMoEGPTNeoXConfig",
+    "DynaMoEGemma3TextConfig",
     "DynaMoELlamaConfig",
     "DynaMoEMistralConfig",
+    "DynaMoEOPTConfig",
+    "DynaMoEPhiConfig",
     "DynaMoEQwen2Config",
     "DynaMoEQwen3Config",
 ]
 
 Importance = Literal["l2_down", "l2_down_tokennorm", "l2", "abs", "random"]
 RouterGradient = Literal["straight_through", "probability", "none"]
+LabelTarget = Literal["current", "frozen"]
 
 
 @dataclass
@@ -34,14 +49,15 @@ class DynaMoEConfig:
 
     experts: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # share of the intermediate size of each prefix; increasing, last 1.0
     theta: float = 0.9  # a token's label is the smallest expert whose output has at least this cosine to the full output
+    label_target: LabelTarget = "current"  # [D] whose outputs are compared: the MLP as it is now, or a frozen copy from conversion
     importance: Importance = "l2_down"  # [D] order of the neurons: sqrt(sum h_j^2) * ||W_down[:, j]||
     importance_seed: int = 0  # for importance "random", the control
     router_hidden_size: int = 256  # D -> 256 -> E, no bias, SiLU between [D]
     router_init_std: float = 0.02  # [D] standard deviation of the routers' fresh weights
     router_seed: int = 0  # fresh routers are drawn from a generator of their own, so that a conversion can be repeated
-    lambda_lm: float = 0.2  # the paper's weights; the small profiles use lambda_lm = 1 and say so
+    lambda_lm: float = 0.2  # the paper's weights of the two losses
     lambda_router: float = 1.0
-    train_route: Literal["router", "label"] = "router"  # [D] whose choice makes the output in training
+    train_route: str | int = "router"  # [D] whose choice makes the output in training: router, label, full, or an expert's index
     router_gradient: RouterGradient = "straight_through"  # [D] how the LM loss reaches the router
 
     def __post_init__(self) -> None:
@@ -58,13 +74,17 @@ class DynaMoEConfig:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"dynamoe.{name} = {getattr(self, name)}: a loss weight, give a number of at least 0")
         choices = {
+            "label_target": ("current", "frozen"),
             "importance": ("l2_down", "l2_down_tokennorm", "l2", "abs", "random"),
-            "train_route": ("router", "label"),
             "router_gradient": ("straight_through", "probability", "none"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"dynamoe.{name} = {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        route = self.train_route  # isinstance would take true for the index 1
+        if not (type(route) is int and 0 <= route < len(self.experts)) and route not in ("router", "label", "full"):
+            last = len(self.experts) - 1
+            raise ValueError(f"dynamoe.train_route = {route!r}: choose router, label, full, or an expert's index from 0 to {last}")
 
     @property
     def num_experts(self) -> int:
@@ -113,8 +133,21 @@ DynaMoELlamaConfig = _moe_config(LlamaConfig)
 DynaMoEMistralConfig = _moe_config(MistralConfig)
 DynaMoEQwen2Config = _moe_config(Qwen2Config)
 DynaMoEQwen3Config = _moe_config(Qwen3Config)
+DynaMoEGemma3TextConfig = _moe_config(Gemma3TextConfig)
+DynaMoEGPTNeoXConfig = _moe_config(GPTNeoXConfig)
+DynaMoEPhiConfig = _moe_config(PhiConfig)
+DynaMoEOPTConfig = _moe_config(OPTConfig)
 
 CONFIG_CLASSES = {
     config.model_type.removeprefix("dynamoe_"): config
-    for config in (DynaMoELlamaConfig, DynaMoEMistralConfig, DynaMoEQwen2Config, DynaMoEQwen3Config)
+    for config in (
+        DynaMoELlamaConfig,
+        DynaMoEMistralConfig,
+        DynaMoEQwen2Config,
+        DynaMoEQwen3Config,
+        DynaMoEGemma3TextConfig,
+        DynaMoEGPTNeoXConfig,
+        DynaMoEPhiConfig,
+        DynaMoEOPTConfig,
+    )
 }

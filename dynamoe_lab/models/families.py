@@ -1,33 +1,70 @@
 """The family table: the few questions a model family answers so that its MLPs can become nested experts.
 
-A new family is a new row here, one line in `configuration_dynamoe` and a pico model in the tests; nothing else asks for a model's name.
+A new family is a new row here, one line each in `configuration_dynamoe` and `modeling_dynamoe`, and a pico model in the tests; nothing else
+asks for a model's name.
 """
 
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    OPTForCausalLM,
+    PhiForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 __all__ = ["FAMILIES", "Family", "decoder_layers", "family_of"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a decoder layer keeps its MLP, and what the MLP is made of."""
+    """Where a decoder layer keeps its MLP, what the MLP is made of, and how its output joins the residual stream r."""
 
     causal_lm: type[PreTrainedModel]  # the dense model class
     layers: str = "model.layers"  # path of the list of decoder layers
-    mlp: str = "mlp"  # the MLP within a layer
+    mlp: str | None = "mlp"  # the MLP within a layer; None: the layer itself holds its projections
     gate: str | None = "gate_proj"  # None: a plain MLP, act(W_1 x)
     up: str = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
-    residual_norm: str = "post_attention_layernorm"  # its input is the residual stream that the MLP's output is added to
+    intermediate_size: str = "intermediate_size"  # the config's name for the number of neurons H
+    residual_norm: str = "post_attention_layernorm"  # the norm before the MLP; its input is the residual stream r
+    norm_first: str | None = None  # config field: where it is false, residual_norm follows the sum, and r is the MLP's own input
+    output_norm: str | None = None  # norm between the MLP's output and the sum: errors of an output count after it
+    parallel: bool | str = False  # attention and MLP both start from the layer's input, which then is r; a string: the config field
 
     @property
     def projections(self) -> tuple[str, ...]:
         """Names of the linear maps within the MLP, the down projection last."""
         return tuple(name for name in (self.gate, self.up, self.down) if name is not None)
+
+    def holder(self, layer: nn.Module) -> nn.Module:
+        """The module of a decoder layer whose children the projections are: the MLP, or the layer itself."""
+        return layer if self.mlp is None else getattr(layer, self.mlp)
+
+    def nested(self, layer: nn.Module) -> nn.Module:
+        """Where a converted layer has its `NestedMLP`: in the place of the MLP, or of the down projection."""
+        return getattr(layer, self.mlp or self.down)
+
+    def residual_source(self, layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
+        """The module of a dense or converted layer whose input is the residual stream r that the MLP's output is added to.
+
+        In parallel layers the attention's output is added to the same sum. Its input is [B, T, D] or, within OPT's MLP, [B * T, D].
+        """
+        if self.norm_first is None or getattr(config, self.norm_first):
+            return getattr(layer, self.residual_norm)
+        return getattr(layer, self.mlp or self.up)  # the module that is handed the MLP's input
+
+    def is_parallel(self, config: PreTrainedConfig) -> bool:
+        """Whether attention and MLP of this model read the same stream and are added to it together."""
+        return bool(getattr(config, self.parallel) if isinstance(self.parallel, str) else self.parallel)
 
 
 FAMILIES: dict[str, Family] = {
@@ -35,6 +72,37 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(MistralForCausalLM),
     "qwen2": Family(Qwen2ForCausalLM),
     "qwen3": Family(Qwen3ForCausalLM),
+    "gemma3_text": Family(Gemma3ForCausalLM, residual_norm="pre_feedforward_layernorm", output_norm="post_feedforward_layernorm"),
+    "gpt_neox": Family(
+        GPTNeoXForCausalLM,
+        layers="gpt_neox.layers",
+        gate=None,
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        activation="act",
+        parallel="use_parallel_residual",
+    ),
+    "phi": Family(
+        PhiForCausalLM,
+        gate=None,
+        up="fc1",
+        down="fc2",
+        activation="activation_fn",
+        residual_norm="input_layernorm",
+        parallel=True,
+    ),
+    "opt": Family(
+        OPTForCausalLM,
+        layers="model.decoder.layers",
+        mlp=None,
+        gate=None,
+        up="fc1",
+        down="fc2",
+        activation="activation_fn",
+        intermediate_size="ffn_dim",
+        residual_norm="final_layer_norm",
+        norm_first="do_layer_norm_before",
+    ),
 }
 
 

@@ -17,7 +17,7 @@ _CARD = """# {name}
 
 A dense language model turned into a token-difficulty-driven mixture of nested experts (DynaMoE, arXiv 2502.12325): in every layer the MLP's
 neurons are ordered by importance, expert *e* is a prefix of them, and a router picks one prefix per token. The weights are those of
-`{base}`, reordered, plus `router.*`; without the routers the file loads as the plain dense family.
+`{base}`, reordered, plus {extra}; without those the file loads as the plain dense family.
 
 | | |
 |---|---|
@@ -48,6 +48,7 @@ def model_card(name: str, config: Any) -> str:
     return CARD_HEAD + _CARD.format(
         name=name,
         base=moe.get("base") or "an unnamed dense model",
+        extra="`router.*`" if moe.get("label_target", "current") == "current" else "`router.*` and `frozen.*`, which the labels come from",
         experts=", ".join(f"{fraction:.4g}" for fraction in moe["experts"]),
         theta=moe["theta"],
         importance=moe["importance"],

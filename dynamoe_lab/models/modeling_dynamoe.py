@@ -1,7 +1,8 @@
 """`DynaMoE<Family>ForCausalLM`: the family's own class with nested experts for MLPs (arXiv 2502.12325).
 
-A checkpoint is the dense checkpoint, reordered, plus `router.*`; it loads with `AutoModelForCausalLM` after `import dynamoe_lab.models`, or
-with `trust_remote_code=True` where this package is not installed, since these files travel with it.
+A checkpoint is the dense checkpoint, reordered, plus `router.*` (with `label_target="frozen"` also `frozen.*`, the MLPs as they were at
+conversion); it loads with `AutoModelForCausalLM` after `import dynamoe_lab.models`, or with `trust_remote_code=True` where this package is
+not installed, since these files travel with it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,19 +14,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .configuration_dynamoe import CONFIG_CLASSES, DynaMoEConfig
 from .families import FAMILIES, Family, decoder_layers
+from .layer_mlp import nest_experts
 from .model_card import CARD_HEAD, model_card
-from .nested_mlp import NestedMLP, Routing, labels_from_similarity
+from .nested_mlp import FrozenLinear, NestedMLP, Routing, labels_from_similarity
 
 __all__ = [
     "MODEL_CLASSES",
     "DynaMoECausalLMOutput",
+    "DynaMoEGPTNeoXForCausalLM",
+    "DynaMoEGemma3ForCausalLM",
     "DynaMoELlamaForCausalLM",
     "DynaMoEMistralForCausalLM",
     "DynaMoEMixin",
+    "DynaMoEOPTForCausalLM",
+    "DynaMoEPhiForCausalLM",
     "DynaMoEQwen2ForCausalLM",
     "DynaMoEQwen3ForCausalLM",
 ]
@@ -61,19 +68,25 @@ class DynaMoEMixin:
         self.routing = Routing()
         family = FAMILIES[config.model_type.removeprefix("dynamoe_")]
         for index, layer in enumerate(decoder_layers(self)):
-            dense = getattr(layer, family.mlp)
-            setattr(layer, family.mlp, NestedMLP(dense, family, self.moe, index, self.routing))
+            nest_experts(layer, family, self.moe, index, self.routing)
         self.post_init()
 
     def nested_mlps(self) -> list[NestedMLP]:
         """The nested MLPs, one a layer, in order."""
         family = FAMILIES[self.config.model_type.removeprefix("dynamoe_")]
-        return [getattr(layer, family.mlp) for layer in decoder_layers(self)]
+        return [family.nested(layer) for layer in decoder_layers(self)]
+
+    def initialize_weights(self) -> None:
+        """As in transformers; a frozen copy that a checkpoint lacks is taken from the weights it has."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, FrozenLinear):
+                module.remember(missing_only=True)
 
     # --- routing ----------------------------------------------------------------------------------------------------------------
 
     def set_routing(self, mode: str | int = "router", *, shares: Any = None, seed: int = 0) -> None:
-        """Choose who decides a token's expert, in every layer, from the next forward on.
+        """Choose who decides a token's expert, in every layer, from the next forward on; in training the config's `train_route` decides.
 
         Args:
             mode: `"router"`; `"label"` (the oracle: the difficulty label itself, at the cost of the full MLP); `"full"` (the last expert:
@@ -203,7 +216,11 @@ def token_mask(attention_mask: Tensor | Mapping | None, tokens: int) -> Tensor |
 
 
 def _moe_model(model_type: str, family: Family) -> type[PreTrainedModel]:
-    name = family.causal_lm.__name__.removesuffix("ForCausalLM")
+    name = f"DynaMoE{family.causal_lm.__name__}"
+    # Some families' files use other names than their modules (GPT-NeoX: embed_out); ours then have to use them, too.
+    renamed = get_checkpoint_conversion_mapping(family.causal_lm.__name__) or get_checkpoint_conversion_mapping(model_type)
+    if renamed:
+        register_checkpoint_conversion_mapping(name, renamed, overwrite=True)
     config_class = CONFIG_CLASSES[model_type]
     namespace = {
         "__doc__": f"`{family.causal_lm.__name__}` whose MLPs are nested experts with a router.",
@@ -211,19 +228,27 @@ def _moe_model(model_type: str, family: Family) -> type[PreTrainedModel]:
         "__annotations__": {"config": config_class},
         "config_class": config_class,
     }
-    return type(f"DynaMoE{name}ForCausalLM", (DynaMoEMixin, family.causal_lm), namespace)
+    return type(name, (DynaMoEMixin, family.causal_lm), namespace)
 
 
 DynaMoELlamaForCausalLM = _moe_model("llama", FAMILIES["llama"])
 DynaMoEMistralForCausalLM = _moe_model("mistral", FAMILIES["mistral"])
 DynaMoEQwen2ForCausalLM = _moe_model("qwen2", FAMILIES["qwen2"])
 DynaMoEQwen3ForCausalLM = _moe_model("qwen3", FAMILIES["qwen3"])
+DynaMoEGemma3ForCausalLM = _moe_model("gemma3_text", FAMILIES["gemma3_text"])
+DynaMoEGPTNeoXForCausalLM = _moe_model("gpt_neox", FAMILIES["gpt_neox"])
+DynaMoEPhiForCausalLM = _moe_model("phi", FAMILIES["phi"])
+DynaMoEOPTForCausalLM = _moe_model("opt", FAMILIES["opt"])
 
 MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     "llama": DynaMoELlamaForCausalLM,
     "mistral": DynaMoEMistralForCausalLM,
     "qwen2": DynaMoEQwen2ForCausalLM,
     "qwen3": DynaMoEQwen3ForCausalLM,
+    "gemma3_text": DynaMoEGemma3ForCausalLM,
+    "gpt_neox": DynaMoEGPTNeoXForCausalLM,
+    "phi": DynaMoEPhiForCausalLM,
+    "opt": DynaMoEOPTForCausalLM,
 }
 for _class in MODEL_CLASSES.values():
     _class.config_class._auto_class = "AutoConfig"  # save_pretrained copies these files beside the weights

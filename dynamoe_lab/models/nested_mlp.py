@@ -3,6 +3,9 @@
 Two paths compute the same function. *Blocks* (training, labels): the products of all E blocks of neurons are computed once, their running
 sums are the outputs of all E experts, so labels cost no second MLP. *Prefixes* (inference): tokens sorted by expert, block b is one dense
 product over the first n_b of them; absent experts cost nothing. Weights stay where the family keeps them; prefixes are views.
+
+Labels compare outputs of the MLP as it is now, or (`label_target="frozen"`) of a copy from conversion that is saved beside the weights and
+never learns; the copy costs a second MLP wherever labels are computed.
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ from torch.nn import functional as F
 from .configuration_dynamoe import DynaMoEConfig
 from .families import Family
 
-__all__ = ["NestedMLP", "Router", "Routing", "RoutingTrace", "labels_from_similarity", "nested_similarity"]
+__all__ = ["FrozenLinear", "NestedMLP", "Router", "Routing", "RoutingTrace", "labels_from_similarity", "nested_similarity"]
 
 
 @dataclass
@@ -48,6 +51,26 @@ class Router(nn.Sequential):
             nn.SiLU(),
             nn.Linear(config.router_hidden_size, config.num_experts, bias=False),
         )
+
+
+class FrozenLinear(nn.Module):
+    """A projection's weights as they were at conversion: buffers, so they are saved, but neither learn nor count as parameters."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self._linear = (linear,)  # in a tuple, so that it is no child of this module
+        self.register_buffer("weight", torch.empty_like(linear.weight, requires_grad=False))
+        self.register_buffer("bias", None if linear.bias is None else torch.empty_like(linear.bias, requires_grad=False))
+
+    @torch.no_grad()
+    def remember(self, *, missing_only: bool = False) -> None:
+        """Copy the projection as it is now; with `missing_only` only what a checkpoint has not filled (transformers marks what it has)."""
+        for name, buffer in self.named_buffers():
+            if not (missing_only and getattr(buffer, "_is_hf_initialized", False)):
+                buffer.copy_(getattr(self._linear[0], name))
 
 
 def nested_similarity(products: list[Tensor], bias: Tensor | None = None) -> Tensor:
@@ -113,19 +136,26 @@ class NestedMLP(nn.Module):
     """A family's MLP, its projections kept under their own names, with a router over its prefixes."""
 
     def __init__(self, dense: nn.Module, family: Family, config: DynaMoEConfig, layer: int, routing: Routing):
-        super().__init__()
-        for name in family.projections:
-            setattr(self, name, getattr(dense, name))
+        nn.Module.__init__(self)
         self._family = family
+        self._adopt(dense)
         self.act_fn = getattr(dense, family.activation)
         self.moe = config
         self.layer = layer
         self.routing = routing
-        down = getattr(self, family.down)
+        down = self.down
         self.sizes = config.sizes(down.in_features)
         self.blocks = tuple(zip((0, *self.sizes[:-1]), self.sizes, strict=True))  # neurons [lo, hi) of each block
         self.router = Router(down.out_features, config)
+        self.frozen: nn.ModuleDict | None = None
+        if config.label_target == "frozen":
+            self.frozen = nn.ModuleDict({name: FrozenLinear(linear) for name, linear in self.projections().items()})
         self.trace: RoutingTrace | None = None
+
+    def _adopt(self, dense: nn.Module) -> None:
+        """Take the projections over from the dense MLP, under their names."""
+        for name in self._family.projections:
+            setattr(self, name, getattr(dense, name))
 
     # --- the dense pieces -------------------------------------------------------------------------------------------------------
 
@@ -144,12 +174,24 @@ class NestedMLP(nn.Module):
         """The down projection, [D, H]."""
         return getattr(self, self._family.down)
 
-    def _hidden(self, x: Tensor, lo: int, hi: int) -> Tensor:
-        """Activations of neurons [lo, hi): [N, D] -> [N, hi - lo]."""
-        up = F.linear(x, self.up.weight[lo:hi], None if self.up.bias is None else self.up.bias[lo:hi])
-        if self.gate is None:
-            return self.act_fn(up)
-        return self.act_fn(F.linear(x, self.gate.weight[lo:hi], None if self.gate.bias is None else self.gate.bias[lo:hi])) * up
+    def projections(self) -> dict[str, nn.Linear]:
+        """The linear maps by the family's names for them, the down projection last."""
+        pieces = {self._family.gate: self.gate, self._family.up: self.up, self._family.down: self.down}
+        return {name: linear for name, linear in pieces.items() if name is not None}
+
+    def _hidden(self, x: Tensor, lo: int, hi: int, *, frozen: bool = False) -> Tensor:
+        """Activations of neurons [lo, hi): [N, D] -> [N, hi - lo]; with `frozen` those of the MLP as it was at conversion."""
+        gate, up = self.gate, self.up
+        if frozen:
+            gate, up = None if gate is None else self.frozen[self._family.gate], self.frozen[self._family.up]
+        raised = F.linear(x, up.weight[lo:hi], None if up.bias is None else up.bias[lo:hi])
+        if gate is None:
+            return self.act_fn(raised)
+        return self.act_fn(F.linear(x, gate.weight[lo:hi], None if gate.bias is None else gate.bias[lo:hi])) * raised
+
+    def _block_products(self, hidden: Tensor, weight: Tensor) -> list[Tensor]:
+        """Each block's share of the output, output bias aside: [N, H] -> E x [N, D]."""
+        return [F.linear(hidden[:, lo:hi], weight[:, lo:hi]) for lo, hi in self.blocks]
 
     def expert_output(self, x: Tensor, expert: int) -> Tensor:
         """Output of one nested expert for every token: [..., D] -> [..., D], work proportional to the prefix."""
@@ -158,27 +200,34 @@ class NestedMLP(nn.Module):
 
     # --- routing ----------------------------------------------------------------------------------------------------------------
 
+    def _decider(self) -> tuple[str, int]:
+        """Who decides now, and the expert that "full" and "fixed" mean: in training the config's `train_route`, else `set_routing`."""
+        route = self.moe.train_route if self.training else self.routing.mode
+        if isinstance(route, int):
+            return "fixed", route
+        return route, self.routing.expert if route == "fixed" else self.moe.num_experts - 1
+
     def _chosen(self, logits: Tensor | None, labels: Tensor | None, tokens: int, device: torch.device) -> Tensor:
-        """The expert of each token, [N] int64, by the current routing mode."""
-        routing = self.routing
-        if routing.mode == "router":
+        """The expert of each token, [N] int64, by whoever decides."""
+        mode, expert = self._decider()
+        if mode == "router":
             return logits.argmax(dim=-1)
-        if routing.mode == "label":
+        if mode == "label":
             return labels
-        if routing.mode == "random":
-            shares, generator = routing.shares[self.layer], routing.generators[self.layer]
+        if mode == "random":
+            shares, generator = self.routing.shares[self.layer], self.routing.generators[self.layer]
             return torch.multinomial(shares, tokens, replacement=True, generator=generator).to(device)
-        expert = self.moe.num_experts - 1 if routing.mode == "full" else routing.expert
         return torch.full((tokens,), expert, dtype=torch.long, device=device)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [N, D]
-        if self.routing.collect or torch.is_grad_enabled() or self.routing.mode == "label":
+        mode, expert = self._decider()
+        if self.routing.collect or torch.is_grad_enabled() or mode == "label":
             output = self._forward_blocks(x)
-        elif self.routing.mode == "full" or self.routing.mode == "fixed":
-            output = self.expert_output(x, -1 if self.routing.mode == "full" else self.routing.expert)
+        elif mode in ("full", "fixed"):
+            output = self.expert_output(x, expert)
         else:
-            logits = self.router(x) if self.routing.mode == "router" else None
+            logits = self.router(x) if mode == "router" else None
             output = self._forward_prefixes(x, self._chosen(logits, None, len(x), x.device))
         return output.view_as(hidden_states)
 
@@ -186,14 +235,14 @@ class NestedMLP(nn.Module):
         logits = self.router(x)  # [N, E]
         hidden = self._hidden(x, 0, self.sizes[-1])  # [N, H]
         weight = self.down.weight.to(hidden.dtype)
-        mode = "label" if self.training and self.moe.train_route == "label" else self.routing.mode
+        mode, _ = self._decider()
         similarities = labels = None
         with torch.no_grad():
-            products = [F.linear(hidden[:, lo:hi], weight[:, lo:hi]) for lo, hi in self.blocks]  # E x [N, D]
+            products = self._block_products(hidden, weight)
             if self.routing.collect or mode == "label":
-                similarities = nested_similarity(products, self.down.bias)
+                similarities = self._similarities(x, products)
                 labels = labels_from_similarity(similarities, self.moe.theta)
-        experts = labels if mode == "label" else self._chosen(logits.detach(), labels, len(x), x.device)
+        experts = self._chosen(logits.detach(), labels, len(x), x.device)
         block_weights = self._block_weights(logits, experts, trained=mode == "router").to(hidden.dtype)
         output = _WeightedBlocks.apply(hidden, weight, block_weights, products, self.blocks)
         if self.down.bias is not None:
@@ -201,6 +250,14 @@ class NestedMLP(nn.Module):
         if self.routing.collect:
             self.trace = RoutingTrace(logits, experts, labels, similarities)
         return output
+
+    def _similarities(self, x: Tensor, products: list[Tensor]) -> Tensor:
+        """Cosine of every expert's output to the full one, [N, E], from the weights that the labels are defined by."""
+        if self.frozen is None:
+            return nested_similarity(products, self.down.bias)
+        down = self.frozen[self._family.down]
+        hidden = self._hidden(x, 0, self.sizes[-1], frozen=True)
+        return nested_similarity(self._block_products(hidden, down.weight.to(hidden.dtype)), down.bias)
 
     def _block_weights(self, logits: Tensor, experts: Tensor, *, trained: bool) -> Tensor:
         """w_b = sum_{e >= b} of the choice, [N, E]: 1 up to the chosen expert, 0 above, exactly; only the gradient differs."""

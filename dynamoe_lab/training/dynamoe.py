@@ -21,7 +21,7 @@ from dynamoe_lab.config import TrainConfig
 from dynamoe_lab.data import Blocks, require_blocks
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import DynaMoEMixin, token_mask
-from dynamoe_lab.training.trainer import MethodTrainer, complete_checkpoint, steps_frame
+from dynamoe_lab.training.trainer import STEP_COLUMNS, MethodTrainer, complete_checkpoint, steps_frame
 
 __all__ = ["DynaMoETrainer", "freeze", "routing_metrics", "train"]
 
@@ -90,7 +90,8 @@ def train(
         progress: print a line every `config.log_steps` steps.
 
     Returns:
-        Table `steps`: run, step, tokens, loss, lm_loss, router_loss, router_accuracy, active_mlp_fraction, lr, seconds.
+        Table `steps`: run, step, tokens, loss, lm_loss, router_loss, router_accuracy, active_mlp_fraction, lr, seconds; no row if
+        `config.steps` is 0, which leaves the weights as they are.
 
     Raises:
         InputError: not a converted model, no blocks, or `output_dir` holds another run.
@@ -105,6 +106,13 @@ def train(
     _claim(folder, model, blocks, config)
     if (folder / "steps.parquet").is_file():
         return _read_back(model, folder)
+
+    if config.steps == 0:  # Trainer would take 0 for three epochs
+        kinds = {name: "int64" if name in ("step", "tokens") else "float64" for name in STEP_COLUMNS}
+        steps = pd.DataFrame({"run": pd.Series(dtype="str"), **{name: pd.Series(dtype=kind) for name, kind in kinds.items()}})
+        if int(os.environ.get("RANK", "0")) == 0:  # one process of several publishes
+            _publish(model.eval(), tokenizer, steps, folder)
+        return steps
 
     resume = complete_checkpoint(folder / "trainer")
     if resume is not None and progress:
@@ -131,19 +139,15 @@ def train(
 
 @contextmanager
 def _prepared(model: PreTrainedModel, config: TrainConfig) -> Iterator[None]:
-    """The model as training needs it: routed by its routers, all but MLPs and routers frozen, no cache; afterwards as it was found."""
+    """The model as training needs it: all but MLPs and routers frozen, no cache; afterwards as it was found."""
     learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     use_cache, model.config.use_cache = model.config.use_cache, False  # no one reads a cache in training
-    routing = dataclasses.replace(model.routing)
-    model.set_routing("router")
     freeze(model)
     try:
         yield
     finally:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
-        for item in dataclasses.fields(routing):
-            setattr(model.routing, item.name, getattr(routing, item.name))
         model.config.use_cache = use_cache
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(learns[name])
