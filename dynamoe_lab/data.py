@@ -21,9 +21,10 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.texts import Source, find_sources
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SPLITS", "Blocks", "as_blocks", "concatenate", "load_blocks", "require_blocks", "split_of"]
+__all__ = ["SPLITS", "Blocks", "as_blocks", "concatenate", "load_blocks", "require_blocks", "split_of", "token_counts"]
 
 Split = Literal["train", "calibration", "heldout", "all"]
 SPLITS = ("train", "calibration", "heldout", "all")
@@ -125,6 +126,15 @@ def concatenate(parts: Iterable[Blocks]) -> Blocks:
         torch.cat(documents),
         [name for part in parts for name in part.domain],
     )
+
+
+def token_counts(blocks: "Blocks | torch.Tensor") -> "pd.DataFrame":
+    """How often each token occurs in blocks: token_id, tokens, share; the most frequent first, tokens that never occur left out."""
+    import pandas as pd
+
+    counts = torch.bincount(require_blocks(blocks, "token_counts").ids.flatten()).numpy()
+    frame = pd.DataFrame({"token_id": np.arange(len(counts)), "tokens": counts, "share": counts / counts.sum()})
+    return frame[frame["tokens"] > 0].sort_values("tokens", ascending=False, kind="stable").reset_index(drop=True)
 
 
 def split_of(document: str) -> str:

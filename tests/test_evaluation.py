@@ -9,6 +9,7 @@ import torch
 from conftest import make_blocks, make_converted, make_dense
 from torch.nn import functional as F
 
+from dynamoe_lab.analysis import perplexity_ratio, routed_losses
 from dynamoe_lab.data import Blocks
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation import (
@@ -19,6 +20,7 @@ from dynamoe_lab.evaluation import (
     expert_similarity,
     logit_change,
     trace_routing,
+    trace_similarity,
 )
 
 ROUTING = ["run", "domain", "document", "position", "token_id", "layer", "label", "expert", "probability", "surprisal"]
@@ -97,14 +99,18 @@ def test_active_params_counted_from_tensor_shapes(family, blocks, tmp_path):
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     width = [round(fraction * 96) for fraction in (0.3, 0.6, 1.0)]
+    names = [name for name in shapes if any(part in name for part in (".mlp.", ".fc1.", ".fc2.")) and ".router." not in name]
     total = 0
     for layer in range(3):
+        mine = [shapes[name] for name in names if f"layers.{layer}." in name]
+        neuron = sum(math.prod(shape) // 96 for shape in mine if 96 in shape)  # rows, columns and biases of one neuron
+        shared = sum(math.prod(shape) for shape in mine if 96 not in shape)  # the output bias
         experts = routing.loc[routing["layer"] == layer, "expert"].to_numpy()
-        tokens = [2 * width[expert] * 64 + 64 * width[expert] for expert in experts]  # rows of gate and up, columns of down
+        tokens = [width[expert] * neuron + shared for expert in experts]
         assert counted.loc[str(layer), "mlp_active"] == pytest.approx(np.mean(tokens))
         total += np.mean(tokens)
     everything = sum(math.prod(shape) for shape in shapes.values())
-    mlp = sum(math.prod(shape) for name, shape in shapes.items() if ".mlp." in name and ".router." not in name)
+    mlp = sum(math.prod(shapes[name]) for name in names)
     assert counted.loc["all", "active_params"] == pytest.approx(everything - mlp + total)
     assert counted.loc["all", "total_params"] == everything
     assert counted.loc["all", "router"] == 3 * (64 * 16 + 16 * 3)
@@ -164,6 +170,52 @@ def test_logit_change(blocks):
         assert small["logit_scale"] == pytest.approx(float(dense(blocks.ids).logits.std()), rel=1e-3)
     model.set_routing(0)
     assert logit_change(model, dense, blocks).iloc[0]["max_abs"] > 0.01
+
+
+def test_a_trace_leaves_the_draws_as_they_were(blocks):
+    model = make_converted()
+    model.set_routing("random", shares=torch.ones(3, 4), seed=1)
+    first, second = trace_routing(model, blocks), trace_routing(model, blocks)
+    assert (first["expert"] == second["expert"]).all()
+    assert first["expert"].nunique() == 4
+
+
+def test_losses_of_a_trace_equal_those_of_the_model(family, blocks):
+    model = make_converted(family)
+    routing = trace_routing(model, blocks, batch_size=3, run="r")
+    losses, direct = routed_losses(routing, fractions=(0.25, 0.5, 0.75, 1.0)), document_losses(model, blocks)
+    assert np.allclose(losses["nll"], direct["nll"], rtol=1e-4)
+    assert losses["tokens"].tolist() == direct["tokens"].tolist()
+    assert losses["positions"].tolist() == [24] * len(blocks)
+    width = np.array([0.25, 0.5, 0.75, 1.0])[routing["expert"]]
+    assert losses["active_mlp_fraction"].mean() == pytest.approx(width.mean())
+    assert losses["correct"].mean() == pytest.approx((routing["expert"] == routing["label"]).mean())
+    ratio, base = perplexity_ratio(losses, document_losses(make_dense(family), blocks)).iloc[0], make_dense(family)
+    assert ratio["ratio"] == pytest.approx(evaluate_perplexity(model, blocks, reference=base).iloc[0]["ratio"], rel=1e-4)
+    assert ratio["active_mlp_fraction"] == pytest.approx(width.mean())
+    assert ratio["run"] == "r"
+
+
+def test_similarities_of_one_pass_give_the_labels_of_every_theta(family, blocks):
+    model = make_converted(family)
+    similarity = trace_similarity(model, blocks, batch_size=3, run="s")
+    assert model.routing.mode == "router"
+    model.set_routing("full")
+    for theta in (-0.5, 0.3, 0.7, 0.99):
+        model.set_theta(theta)
+        labels = trace_routing(model, blocks, batch_size=3)["label"]
+        columns = similarity[[f"similarity_{expert}" for expert in range(3)]].to_numpy()
+        qualifies = np.column_stack([columns >= np.float32(theta), np.ones(len(columns), bool)])
+        assert np.array_equal(qualifies.argmax(1), labels)
+
+
+def test_next_surprisal_is_the_next_tokens(blocks):
+    rows = trace_similarity(make_converted(), blocks)
+    rows = rows[rows["layer"] == 1]
+    own, following = (rows[name].to_numpy().reshape(len(blocks), -1) for name in ("surprisal", "next_surprisal"))
+    assert np.array_equal(own[:, 1:], following[:, :-1])
+    assert np.isnan(own[:, 0]).all()
+    assert np.isnan(following[:, -1]).all()
 
 
 def test_traces_are_frames_of_plain_types(blocks):

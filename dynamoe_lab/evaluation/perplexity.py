@@ -1,10 +1,4 @@
-"""Held-out perplexity, and its ratio to the dense model paired on the same documents.
-
-Two perplexities measured on the same text differ far less from each other than each does from document to document, so the ratio is formed
-document by document and its interval comes from resampling documents, not tokens.
-"""
-
-import math
+"""Held-out perplexity, and its ratio to the dense model paired on the same documents (see `analysis.metrics.perplexity` for the why)."""
 
 import numpy as np
 import pandas as pd
@@ -13,9 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from dynamoe_lab.analysis.statistics import ratio_of_sums
+from dynamoe_lab.analysis import perplexity_ratio
 from dynamoe_lab.data import Blocks, require_blocks
-from dynamoe_lab.errors import InputError
 
 __all__ = ["document_losses", "evaluate_perplexity", "token_surprisal"]
 
@@ -73,19 +66,6 @@ def evaluate_perplexity(
     Raises:
         InputError: the reference was measured on other documents.
     """
-    own = document_losses(model, blocks, batch_size=batch_size)
-    tokens = int(own["tokens"].sum())
-    row = {"run": run, "n": len(own), "tokens": tokens, "perplexity": math.exp(own["nll"].sum() / tokens)}
-    if reference is None:
-        interval = ratio_of_sums(own["nll"], own["tokens"], resamples=bootstrap, confidence=confidence, seed=seed)
-        row |= {"reference_perplexity": math.nan, "ratio": math.nan}
-    else:
-        base = reference if isinstance(reference, pd.DataFrame) else document_losses(reference, blocks, batch_size=batch_size)
-        paired = own.merge(base, on="document", suffixes=("", "_reference"))
-        if len(paired) != len(own) or len(base) != len(own) or not (paired["tokens"] == paired["tokens_reference"]).all():
-            raise InputError("evaluate_perplexity: the reference was measured on other documents; measure it on the same blocks")
-        difference = paired["nll"] - paired["nll_reference"]
-        interval = ratio_of_sums(difference, paired["tokens"], resamples=bootstrap, confidence=confidence, seed=seed)
-        row |= {"reference_perplexity": math.exp(base["nll"].sum() / tokens), "ratio": math.exp(interval.value)}
-    row |= {"low": math.exp(interval.low), "high": math.exp(interval.high)}
-    return pd.DataFrame([row])
+    base = document_losses(reference, blocks, batch_size=batch_size) if isinstance(reference, PreTrainedModel) else reference
+    losses = document_losses(model, blocks, batch_size=batch_size)
+    return perplexity_ratio(losses, base, bootstrap=bootstrap, confidence=confidence, seed=seed, run=run)

@@ -3,6 +3,10 @@
 Both need the labels, so they compute the full MLP beside the chosen prefix; the output stays the chosen prefix's.
 """
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import pandas as pd
 import torch
@@ -14,51 +18,70 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation.perplexity import token_surprisal
 from dynamoe_lab.models import DynaMoEMixin
 
-__all__ = ["expert_similarity", "logit_change", "trace_routing", "trace_text"]
+__all__ = ["evaluating", "expert_similarity", "logit_change", "trace_routing", "trace_text"]
 
 
-def _require_converted(model: PreTrainedModel, name: str) -> None:
+@contextmanager
+def evaluating(model: PreTrainedModel, name: str, mode: str | int | None = None) -> Iterator[None]:
+    """A converted model in eval mode, under routing `mode` if one is given; afterwards as it was found, also the draws of "random".
+
+    Raises InputError, in the name of the function `name`, if the model has no routers.
+    """
     if not isinstance(model, DynaMoEMixin):
         raise InputError(f"{name}: {type(model).__name__} has no routers; convert it first with lab.convert")
+    was_training, kept = model.training, dataclasses.replace(model.routing)
+    draws = [generator.get_state() for generator in kept.generators or ()]
+    model.eval()
+    try:
+        if mode is not None:
+            model.set_routing(mode)
+        yield
+    finally:
+        for item in dataclasses.fields(kept):
+            setattr(model.routing, item.name, getattr(kept, item.name))
+        for generator, state in zip(kept.generators or (), draws, strict=True):
+            generator.set_state(state)
+        model.train(was_training)
+
+
+def token_columns(batch: Blocks, logits: Tensor) -> dict[str, np.ndarray]:
+    """What every trace says of a token, [B * T] each: domain, document, position, token_id, surprisal."""
+    context = batch.ids.shape[1]
+    return {
+        "domain": np.repeat(np.asarray(batch.domain, dtype=object), context),
+        "document": batch.document.flatten().numpy().astype(np.int32),
+        "position": np.tile(np.arange(context, dtype=np.int32), len(batch)),
+        "token_id": batch.ids.flatten().numpy().astype(np.int32),
+        "surprisal": token_surprisal(logits, batch.ids.to(logits.device)).flatten().float().cpu().numpy(),
+    }
 
 
 @torch.no_grad()
 def trace_routing(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8, run: str = "") -> pd.DataFrame:
-    """Run blocks [n, T] through a converted model under its current routing.
+    """Run blocks [n, T] through a converted model under its current routing, which is left as it was (also the draws of "random").
 
     Returns:
         Table `routing`, one row per token and layer: run, domain, document, position (in the block), token_id, layer, label (smallest
         expert within theta), expert (used), probability (the router's, of the expert used), surprisal (-ln p of the token itself, nats; NaN
         at position 0).
     """
-    _require_converted(model, "trace_routing")
     blocks = require_blocks(blocks, "trace_routing")
-    was_training = model.training
-    model.eval()
     categories = sorted(set(blocks.domain))
     parts = []
-    for start in range(0, len(blocks), batch_size):
-        batch = blocks[start : start + batch_size]
-        ids = batch.ids.to(model.device)
-        output = model(input_ids=ids, output_router_logits=True, use_cache=False)
-        layers, tokens = len(output.experts), ids.numel()
-        experts = torch.stack(output.experts)  # [L, N]
-        probabilities = torch.stack([logits.float().softmax(-1) for logits in output.router_logits])  # [L, N, E]
-        per_token = {
-            "domain": np.repeat(np.asarray(batch.domain, dtype=object), ids.shape[1]),
-            "document": batch.document.flatten().numpy().astype(np.int32),
-            "position": np.tile(np.arange(ids.shape[1], dtype=np.int32), len(ids)),
-            "token_id": batch.ids.flatten().numpy().astype(np.int32),
-            "surprisal": token_surprisal(output.logits, ids).flatten().float().cpu().numpy(),
-        }
-        frame = pd.DataFrame({name: np.tile(values, layers) for name, values in per_token.items()})
-        frame["domain"] = pd.Categorical(frame["domain"], categories=categories)
-        frame["layer"] = np.repeat(np.arange(layers, dtype=np.int16), tokens)
-        frame["label"] = torch.stack(output.labels).flatten().cpu().numpy().astype(np.int8)
-        frame["expert"] = experts.flatten().cpu().numpy().astype(np.int8)
-        frame["probability"] = probabilities.gather(2, experts[..., None]).flatten().cpu().numpy()
-        parts.append(frame)
-    model.train(was_training)
+    with evaluating(model, "trace_routing"):
+        for start in range(0, len(blocks), batch_size):
+            batch = blocks[start : start + batch_size]
+            output = model(input_ids=batch.ids.to(model.device), output_router_logits=True, use_cache=False)
+            layers, tokens = len(output.experts), batch.ids.numel()
+            experts = torch.stack(output.experts)  # [L, N]
+            probabilities = torch.stack([logits.float().softmax(-1) for logits in output.router_logits])  # [L, N, E]
+            frame = pd.DataFrame({name: np.tile(values, layers) for name, values in token_columns(batch, output.logits).items()})
+            frame["domain"] = pd.Categorical(frame["domain"], categories=categories)
+            frame["layer"] = np.repeat(np.arange(layers, dtype=np.int16), tokens)
+            frame["label"] = torch.stack(output.labels).flatten().cpu().numpy().astype(np.int8)
+            frame["expert"] = experts.flatten().cpu().numpy().astype(np.int8)
+            frame["probability"] = probabilities.gather(2, experts[..., None]).flatten().cpu().numpy()
+            parts.append(frame)
     routing = pd.concat(parts, ignore_index=True)
     routing.insert(0, "run", pd.Categorical([run] * len(routing), categories=[run]))
     columns = ["run", "domain", "document", "position", "token_id", "layer", "label", "expert", "probability", "surprisal"]
@@ -95,22 +118,14 @@ def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_
         run, layer, expert, fraction (of the MLP), mean, q10, q50, q90, n (tokens but position 0), sink_mean (position 0 alone, which is an
         attention sink in many models).
     """
-    _require_converted(model, "expert_similarity")
     blocks = require_blocks(blocks, "expert_similarity")
-    routing = model.routing.mode, model.routing.expert, model.routing.shares, model.routing.generators
-    was_training = model.training
-    model.eval()
-    model.set_routing("full")
-    collected: list[list[Tensor]] = [[] for _ in model.nested_mlps()]
-    try:
+    with evaluating(model, "expert_similarity", "full"):
+        collected: list[list[Tensor]] = [[] for _ in model.nested_mlps()]
         for start in range(0, len(blocks), batch_size):
             ids = blocks.ids[start : start + batch_size].to(model.device)
             output = model(input_ids=ids, output_router_logits=True, use_cache=False, logits_to_keep=1)
             for layer, similarities in enumerate(output.similarities):
                 collected[layer].append(similarities.view(*ids.shape, -1).cpu())
-    finally:
-        model.routing.mode, model.routing.expert, model.routing.shares, model.routing.generators = routing
-        model.train(was_training)
     rows = []
     for layer, parts in enumerate(collected):
         values = torch.cat(parts)  # [n, T, E]
