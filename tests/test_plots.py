@@ -68,10 +68,93 @@ def frames(routing) -> dict[str, pd.DataFrame]:
         "curves": metrics.importance_curves(importance),
         "similarity": similarity,
         "steps": steps,
+        **study_frames(),
     }
 
 
+def study_frames() -> dict[str, pd.DataFrame]:
+    """Small frames of the studies: difficulty, Pareto, collapse, a sweep."""
+    rng = np.random.default_rng(2)
+    n = 600
+    token_id, following, parts = rng.integers(40, size=n), rng.gamma(2, 2, n), []
+    for layer in range(5):
+        columns = {
+            "run": "a",
+            "domain": np.where(np.arange(n) < 300, "c4", "code"),
+            "document": np.arange(n) // 30,
+            "position": np.arange(n) % 60,
+        }
+        part = pd.DataFrame({**columns, "token_id": token_id, "layer": layer, "surprisal": np.arange(n) % 60 / 10 + 0.1})
+        part["next_surprisal"] = following
+        for expert in range(3):
+            part[f"similarity_{expert}"] = (0.55 + 0.13 * expert - 0.02 * part["surprisal"] + rng.normal(0.1, 0.05, n)).astype(np.float32)
+        parts.append(part)
+    similarity = pd.concat(parts, ignore_index=True)
+    counts = pd.DataFrame({"token_id": range(35), "tokens": range(1, 36)})
+    tokens = metrics.difficulty_by_token(similarity, 0.8, fractions=FRACTIONS, counts=counts)
+    cases = {(weight, gradient, seed): weight for weight in (0.0, 1.0) for gradient in ("straight_through", "none") for seed in (0, 1)}
+    usage, information, steps = {}, {}, {}
+    for case, weight in cases.items():
+        expert = rng.integers(4, size=n * 5) if weight else np.where(rng.random(n * 5) < 0.995, 3, 2)
+        routing = similarity[["run", "domain", "document", "token_id", "layer"]].assign(label=3, expert=expert)
+        usage[case] = metrics.expert_usage(routing, theta=0.9, experts=4)
+        information[case] = metrics.usage_information(routing, experts=4, fractions=FRACTIONS, shuffles=3)
+        step = np.arange(1, 21)
+        columns = {"run": "a", "step": step, "tokens": step * 1024, "lm_loss": 4 + 1 / step}
+        steps[case] = pd.DataFrame({**columns, "active_mlp_fraction": 0.7 if weight else 1 - 0.3 / step})
+    return {
+        "shares": metrics.label_shares(similarity, np.linspace(0.5, 0.95, 10), fractions=FRACTIONS),
+        "bins": metrics.difficulty_bins(tokens, resamples=100),
+        "correlations": metrics.difficulty_correlations(tokens, resamples=100),
+        "means": metrics.difficulty_by_domain(similarity, 0.8, fractions=FRACTIONS, resamples=100),
+        "pareto": make_pareto(),
+        "collapse": metrics.stack_runs(usage),
+        "information": metrics.stack_runs(information),
+        "collapse_steps": metrics.stack_runs(steps),
+        "sweep": make_sweep(),
+    }
+
+
+def make_pareto(seeds: int = 2) -> pd.DataFrame:
+    """Two θ and three methods, trained, and two static cuts as converted."""
+    rows = []
+
+    def add(method: str, theta: float, seed: int, tokens: int, share: float, value: float) -> None:
+        size = {"active_params": 60e6 + 80e6 * share, "active_mlp_fraction": share, "metric": "perplexity_ratio"}
+        rows.append({"method": method, "theta": theta, "seed": seed, "train_tokens": tokens, **size, "value": value})
+
+    for seed in range(seeds):
+        for theta, share, value in ((0.8, 0.4, 1.9), (0.9, 0.65, 1.4)):
+            add("router", theta, seed, 1000, share, value + 0.1 * seed)
+            add("label", theta, seed, 1000, share - 0.02, value - 0.2)
+            add("random", theta, seed, 1000, share, 2 * value)
+    for share in (0.5, 0.75):
+        add("static", np.nan, 0, 0, share, 4 - 3 * share)
+    add("dense", np.nan, 0, 0, 1.0, 1.0)
+    frame = pd.DataFrame(rows)
+    return frame.assign(low=0.95 * frame["value"], high=1.06 * frame["value"], n=25)
+
+
+def make_sweep() -> pd.DataFrame:
+    """Three orders of the neurons, untrained, routed by labels and by a fixed prefix."""
+    rows = []
+    for cell, (name, value) in enumerate({"l2_down": 2.0, "abs": 2.05, "random": 9.0}.items()):
+        for mode, factor, share in (("label", 1.0, 0.65), ("1", 2.0, 0.5)):
+            row = {"cell": cell, "dynamoe.importance": name, "mode": mode, "metric": "perplexity_ratio", "value": factor * value}
+            row |= {"low": 0.95 * factor * value, "high": 1.05 * factor * value, "n": 25, "active_mlp_fraction": share}
+            rows.append({**row, "active_params": 1e8, "train_tokens": 0, "status": "ok", "error": ""})
+    return pd.DataFrame(rows)
+
+
 DRAW = {
+    "plot_ablation": "sweep",
+    "plot_collapse": "collapse",
+    "plot_collapse_entropy": "information",
+    "plot_collapse_training": "collapse_steps",
+    "plot_difficulty_by_domain": "means",
+    "plot_difficulty_vs_surprisal": "bins",
+    "plot_label_share": "shares",
+    "plot_pareto": "pareto",
     "plot_importance_curves": "curves",
     "plot_expert_similarity": "similarity",
     "plot_training_curves": "steps",
@@ -81,6 +164,13 @@ DRAW = {
     "plot_expert_usage": "usage",
     "plot_expert_usage_by_domain": "usage_by_domain",
 }
+ALSO = {"plot_ablation": {"axis": "dynamoe.importance"}, "plot_label_share": {"theta": 0.8}, "plot_pareto": {"dense_params": 135e6}}
+OPTIONAL = ("run", "loss", "lr", "seconds", "chance", "active_params", "train_tokens", "status", "error")
+
+
+def draw(name: str, frame: pd.DataFrame, **where):
+    """A plot from its frame, with what else it cannot do without."""
+    return getattr(plots, name)(frame, **ALSO.get(name, {}), **where)
 
 
 def cells(ax) -> np.ndarray:
@@ -104,7 +194,7 @@ def test_every_plot_is_here():
 @pytest.mark.parametrize("name", DRAW)
 class TestEveryPlot:
     def test_needs_only_its_frame_and_fits_the_page(self, frames, name):
-        drawn = getattr(plots, name)(frames[DRAW[name]])
+        drawn = draw(name, frames[DRAW[name]])
         figure = drawn if isinstance(drawn, Figure) else drawn.figure
         assert figure.get_figwidth() <= style.PAGE_WIDTH + 1e-9
         assert len(plt.get_fignums()) == 1
@@ -116,7 +206,7 @@ class TestEveryPlot:
             assert box is None or (box.x0 >= -2 and box.x1 <= figure.bbox.x1 + 2), f"{ax} runs over the edge of the page"
 
     def test_titles_do_not_overlap(self, frames, name):
-        drawn = getattr(plots, name)(frames[DRAW[name]])
+        drawn = draw(name, frames[DRAW[name]])
         figure = drawn if isinstance(drawn, Figure) else drawn.figure
         figure.canvas.draw()
         boxes = [ax.title.get_window_extent() if ax.title.get_text() else ax._left_title.get_window_extent() for ax in figure.axes]
@@ -129,27 +219,27 @@ class TestEveryPlot:
         left, _ = figure.subfigures(1, 2)
         if "ax" in plot.__wrapped__.__annotations__:
             ax = left.add_subplot()
-            assert plot(frames[DRAW[name]], ax=ax) is ax
+            assert draw(name, frames[DRAW[name]], ax=ax) is ax
         else:
-            assert plot(frames[DRAW[name]], figure=left) is left
+            assert draw(name, frames[DRAW[name]], figure=left) is left
             assert left.axes
         figure.canvas.draw()
         assert len(plt.get_fignums()) == 1
 
     def test_a_missing_column_and_the_plot_are_named(self, frames, name):
         frame = frames[DRAW[name]]
-        column = next(c for c in reversed(frame.columns) if c not in ("run", "loss", "lr", "seconds", "chance"))
+        column = next(c for c in reversed(frame.columns) if c not in OPTIONAL)
         with pytest.raises(InputError, match=rf"{name}: the frame lacks the column\(s\) {column};"):
-            getattr(plots, name)(frame.drop(columns=column))
+            draw(name, frame.drop(columns=column))
         assert not plt.get_fignums()
 
     def test_accepts_what_a_csv_gives_back(self, frames, name, tmp_path):
         frames[DRAW[name]].to_csv(tmp_path / "frame.csv", index=False)
-        getattr(plots, name)(pd.read_csv(tmp_path / "frame.csv"))
+        draw(name, pd.read_csv(tmp_path / "frame.csv"))
 
     def test_leaves_the_callers_settings_alone(self, frames, name):
         before = dict(matplotlib.rcParams)
-        getattr(plots, name)(frames[DRAW[name]])
+        draw(name, frames[DRAW[name]])
         assert dict(matplotlib.rcParams) == before
 
 
@@ -288,7 +378,7 @@ class TestCurves:
 
     def test_importance(self, frames):
         figure = plots.plot_importance_curves(frames["curves"], fractions=FRACTIONS)
-        assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["l2_down", "abs"]
+        assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["l2_down: √Σh² · ‖W_down‖", "abs: Σ|h|"]  # name and formula
         drawn = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 41]
         assert len(drawn) == 2  # a line per layer
         expected = frames["curves"].query("formula == 'l2_down' and layer == 0")["cumulative_share"]

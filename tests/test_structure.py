@@ -28,7 +28,17 @@ ALLOWED = {
     "analysis": set(),
     "conversion": {"config", "assets", "loading", "data", "models"},
     "training": {"config", "assets", "loading", "data", "models"},
-    "evaluation": {"config", "assets", "loading", "data", "models", "conversion", "training", "analysis.statistics"},
+    "evaluation": {
+        "config",
+        "assets",
+        "loading",
+        "data",
+        "models",
+        "conversion",
+        "training",
+        "analysis.statistics",
+        "analysis.perplexity_ratio",
+    },
     "workbench": {"config", "assets", "loading", "texts", "data", "models", "conversion", "training", "evaluation", "analysis"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))

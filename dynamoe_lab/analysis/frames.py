@@ -20,6 +20,7 @@ __all__ = [
     "one_run",
     "percent",
     "require",
+    "signed",
     "split_layers",
     "whole_numbers",
 ]
@@ -77,6 +78,12 @@ def percent(value: float, digits: int = 0) -> str:
             return percent(value, digits + 1)
         return "<0.01 %" if value < 0.5 else ">99.99 %"
     return f"{text} %"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number with its sign, 0 without: 0.364 -> '+0.36', -0.001 -> '0.00'."""
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text[1:]
 
 
 def compact(count: float) -> str:

@@ -17,10 +17,11 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from dynamoe_lab.errors import InputError
 
@@ -33,10 +34,15 @@ __all__ = [
     "canvas",
     "domain_colors",
     "expert_colors",
+    "gradient_line",
     "headline",
     "heatmap",
+    "lambda_colors",
     "method_color",
+    "method_marker",
     "one_axes",
+    "percent_axis",
+    "ratio_axis",
     "share_bar",
     "style_context",
     "styled",
@@ -92,6 +98,9 @@ _METHODS = {
     "cmoe": "#56B4E9",
     "dense": "#222222",
 }
+_MARKERS = {"router": "o", "label": "s", "random": "X", "static": "D", "dense": "*"}  # told apart in grey print, too
+_LAMBDAS = {0.0: "#D55E00", 1.0: "#0072B2"}  # λ_router: unsupervised, the paper's
+_GRADIENTS = {"straight_through": "-", "probability": (0, (4, 1.5)), "none": (0, (1, 1.2))}
 _DOMAINS = {
     "c4": "#332288",
     "wiki": "#88CCEE",
@@ -132,6 +141,23 @@ def method_color(name: str) -> str:
     return _METHODS[max(known, key=len)] if known else "#56B4E9"
 
 
+def method_marker(name: str) -> str:
+    """The marker of a method in a scatter; `static_2` has that of `static`."""
+    return next((marker for method, marker in _MARKERS.items() if name.lower().startswith(method)), "P")
+
+
+def lambda_colors(values: Iterable[float]) -> dict[float, str]:
+    """The colour of each λ_router: fixed for 0 and 1, free hues for others."""
+    others = sorted({float(value) for value in values} - set(_LAMBDAS))
+    free = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    return _LAMBDAS | {value: free[number % len(free)] for number, value in enumerate(others)}
+
+
+def gradient_line(name: str) -> Any:
+    """The line style of a router gradient."""
+    return _GRADIENTS.get(name, "-.")
+
+
 def domain_colors(names: Iterable[str]) -> dict[str, str]:
     """The colour of each domain: fixed for those of the lab's own text, free hues for others."""
     names = list(dict.fromkeys(map(str, names)))
@@ -161,44 +187,68 @@ def headline(where: Axes | Figure | SubFigure, message: str, *, pad: float = 8) 
     if isinstance(where, Axes):
         width *= where.get_position().width
     size = RC["axes.titlesize" if isinstance(where, Axes) else "figure.titlesize"]
-    solid = message.replace(" %", "\u00a0%")  # a number and its unit stay on one line
+    solid = message.replace(" %", "\u00a0%").replace(" = ", "\u00a0=\u00a0")  # a number stays with its name and its unit
     widest = max(24, int(width / (0.53 * size)))
-    lines = textwrap.wrap(solid, widest)
-    while widest > 24 and len(shorter := textwrap.wrap(solid, widest - 1)) == len(lines):
+    lines = textwrap.wrap(solid, widest, break_on_hyphens=False)
+    while widest > 24 and len(shorter := textwrap.wrap(solid, widest - 1, break_on_hyphens=False)) == len(lines):
         lines, widest = shorter, widest - 1  # as many lines, but of even length
-    text = "\n".join(lines).replace("\u00a0%", " %")
+    text = "\n".join(lines).replace("\u00a0", " ")
     if isinstance(where, Axes):
         where.set_title(text, loc="left", pad=pad, fontsize=size)
     else:
         where.suptitle(text, x=0.01, ha="left", fontsize=size)
 
 
-def heatmap(ax: Axes, table: Any, *, annotate: bool = False, text_size: float = 6.5, vmax: float = 1.0) -> None:
-    """Shares (a pivoted frame, 0 to `vmax`) as a heatmap; `annotate` writes them in percent."""
-    marks = None
-    if annotate:
-        marks = table.map(lambda share: "-" if np.isnan(share) else "<1" if 0 < share < 0.005 else f"{100 * share:.0f}")
-    sns.heatmap(
-        table,
-        ax=ax,
-        cmap=HEATMAP,
-        vmin=0,
-        vmax=vmax,
-        annot=marks if annotate else None,
-        fmt="",
-        annot_kws={"size": text_size},
-        cbar=False,
-        rasterized=table.size > 400,
-        linewidths=0.4 if table.size <= 200 else 0,
-        linecolor="white",
-    )
+def percent_axis(axis: Any) -> None:
+    """Shares on an axis in percent, with as many digits as its ticks need."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}"))
+
+
+def ratio_axis(ax: Axes) -> None:
+    """The y axis on a log scale with a few round numbers as ticks; call it when the limits are final."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ticks: list[float] = []
+    for value in (
+        digit * 10.0**power for digit in (1, 2, 5, 3, 1.5, 1.2, 7, 4, 2.5, 1.1, 1.3, 1.7) for power in range(-3, 7)
+    ):  # roundest first
+        if low <= value <= high and all(abs(np.log(value / tick)) > np.log(high / low) / 11 for tick in ticks):
+            ticks.append(value)
+    ax.yaxis.set_major_locator(FixedLocator(ticks))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def heatmap(
+    ax: Axes, table: pd.DataFrame, *, annotate: bool = False, text_size: float = 6.5, vmax: float = 1.0, least: float = 0.0
+) -> None:
+    """Shares (a pivoted frame, 0 to `vmax`) as a heatmap; `annotate` writes those of at least `least` in percent, what is nan stays empty.
+
+    (seaborn's heatmap draws the whole figure to see whether tick labels overlap: 0.3 s for each of the matrices of a page.)
+    """
+    shares = np.asarray(table, dtype=np.float64)
+    look = {"edgecolor": "white", "linewidth": 0.4} if shares.size <= 200 else {"linewidth": 0}
+    mesh = ax.pcolormesh(np.ma.masked_invalid(shares), cmap=HEATMAP, vmin=0, vmax=vmax, rasterized=shares.size > 400, **look)
+    rows, columns = shares.shape
+    ax.set(xlim=(0, columns), ylim=(rows, 0))
+    ax.set_xticks(np.arange(columns) + 0.5, table.columns)
+    ax.set_yticks(np.arange(rows) + 0.5, table.index)
+    for (row, column), share in np.ndenumerate(shares) if annotate else ():
+        if np.isnan(share) or share < least:
+            continue
+        mark = "<1" if 0 < share < 0.005 else f"{100 * share:.0f}"
+        light = np.dot(np.power(mesh.to_rgba(share)[:3], 2.2), (0.2126, 0.7152, 0.0722)) > 0.24
+        place = {"ha": "center", "va": "center", "color": "#222222" if light else "white"}
+        ax.text(column + 0.5, row + 0.5, mark, fontsize=text_size, **place)
+    ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
 
 
-def share_bar(figure: Figure | SubFigure, axes: Any, label: str, *, aspect: float = 30) -> None:
-    """The colour scale, in percent, of the heatmaps in `axes` (one or a list that share it)."""
+def share_bar(figure: Figure | SubFigure, axes: Any, label: str, *, aspect: float = 30, below: bool = False) -> None:
+    """The colour scale, in percent, of the heatmaps in `axes` (one or a list that share it), on their right or `below` them."""
     first = axes if isinstance(axes, Axes) else axes[0]
-    bar = figure.colorbar(first.collections[0], ax=axes, aspect=aspect, pad=0.012)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
+    place = {"location": "bottom", "shrink": 0.5} if below else {"pad": 0.012}
+    bar = figure.colorbar(first.collections[0], ax=axes, aspect=aspect, **place)
+    bar.long_axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
     bar.set_label(label, fontsize=7)
     bar.outline.set_visible(False)

@@ -9,18 +9,40 @@ A router's accuracy and its share of neighbouring errors mean nothing alone (cla
 beside them the commonest label of each layer, independence of expert and label, and a router that sees only the token's id.
 """
 
+from dynamoe_lab.analysis.metrics.ablation import ablation_table
+from dynamoe_lab.analysis.metrics.collapse import collapsed_layers, stack_runs, usage_information
 from dynamoe_lab.analysis.metrics.curves import importance_curves, smooth_steps
+from dynamoe_lab.analysis.metrics.difficulty import difficulty_bins, difficulty_by_domain, difficulty_by_token, difficulty_correlations
+from dynamoe_lab.analysis.metrics.labels import label_shares, labels_at
+from dynamoe_lab.analysis.metrics.pareto import pareto_front, pareto_points, pareto_row, static_comparison
+from dynamoe_lab.analysis.metrics.perplexity import perplexity_ratio, routed_losses
 from dynamoe_lab.analysis.metrics.router import error_distance, pool_layers, router_chance, router_confusion
 from dynamoe_lab.analysis.metrics.usage import active_fraction, expert_usage, usage_summary
 
 __all__ = [
+    "ablation_table",
     "active_fraction",
+    "collapsed_layers",
+    "difficulty_bins",
+    "difficulty_by_domain",
+    "difficulty_by_token",
+    "difficulty_correlations",
     "error_distance",
     "expert_usage",
     "importance_curves",
+    "label_shares",
+    "labels_at",
+    "pareto_front",
+    "pareto_points",
+    "pareto_row",
+    "perplexity_ratio",
     "pool_layers",
+    "routed_losses",
     "router_chance",
     "router_confusion",
     "smooth_steps",
+    "stack_runs",
+    "static_comparison",
+    "usage_information",
     "usage_summary",
 ]

@@ -40,11 +40,12 @@ def importance_curves(importance: pd.DataFrame, *, points: int = 100) -> pd.Data
 
 
 def smooth_steps(steps: pd.DataFrame, window: int) -> pd.DataFrame:
-    """The frame `steps` with its losses, router accuracy and active fraction replaced by centred moving means, run by run.
+    """The frame `steps` with its losses, router accuracy and active fraction replaced by moving means, run by run.
 
     Args:
         steps: run, step and any of loss, lm_loss, router_loss, router_accuracy, active_mlp_fraction.
-        window: steps that are averaged; fewer at both ends of a run. 1 changes nothing.
+        window: steps that are averaged, a step and those before it; fewer at the start of a run. The last row is thus the mean of the
+            last `window` steps. 1 changes nothing.
 
     Returns:
         The same columns, sorted by run and step.
@@ -54,6 +55,6 @@ def smooth_steps(steps: pd.DataFrame, window: int) -> pd.DataFrame:
         raise InputError(f"smooth_steps: window = {window}, give a number of steps of at least 1")
     smoothed = steps.sort_values(["run", "step"], kind="stable", ignore_index=True)
     columns = [column for column in _SMOOTHED if column in smoothed.columns]
-    means = smoothed.groupby("run", sort=False, observed=True)[columns].rolling(int(window), center=True, min_periods=1).mean()
+    means = smoothed.groupby("run", sort=False, observed=True)[columns].rolling(int(window), min_periods=1).mean()
     smoothed[columns] = means.reset_index(level=0, drop=True)
     return smoothed

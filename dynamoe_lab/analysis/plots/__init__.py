@@ -6,7 +6,11 @@ is made. Nothing is shown or saved here: hand the result to `run.figure`, or sav
 `style.style_context()`. Experts are called by their share of the MLP when `fractions` is given.
 """
 
+from dynamoe_lab.analysis.plots.ablation import plot_ablation
+from dynamoe_lab.analysis.plots.collapse import plot_collapse, plot_collapse_entropy, plot_collapse_training
 from dynamoe_lab.analysis.plots.conversion import plot_expert_similarity, plot_importance_curves
+from dynamoe_lab.analysis.plots.difficulty import plot_difficulty_by_domain, plot_difficulty_vs_surprisal, plot_label_share
+from dynamoe_lab.analysis.plots.pareto import plot_pareto
 from dynamoe_lab.analysis.plots.router import (
     plot_error_distance,
     plot_router_confusion,
@@ -16,11 +20,19 @@ from dynamoe_lab.analysis.plots.training import plot_training_curves
 from dynamoe_lab.analysis.plots.usage import plot_expert_usage, plot_expert_usage_by_domain
 
 __all__ = [
+    "plot_ablation",
+    "plot_collapse",
+    "plot_collapse_entropy",
+    "plot_collapse_training",
+    "plot_difficulty_by_domain",
+    "plot_difficulty_vs_surprisal",
     "plot_error_distance",
     "plot_expert_similarity",
     "plot_expert_usage",
     "plot_expert_usage_by_domain",
     "plot_importance_curves",
+    "plot_label_share",
+    "plot_pareto",
     "plot_router_confusion",
     "plot_router_confusion_by_layer",
     "plot_training_curves",

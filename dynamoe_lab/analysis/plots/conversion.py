@@ -15,6 +15,13 @@ from dynamoe_lab.analysis.style import DENSE, REFERENCE, canvas, expert_colors, 
 __all__ = ["plot_expert_similarity", "plot_importance_curves"]
 
 DEPTH = "cividis_r"  # layers by depth: light is early, dark is late
+_GLOSS = {  # h: a neuron's activations over the calibration tokens; out: the MLP's output for the token
+    "l2_down": "√Σh² · ‖W_down‖",
+    "l2_down_tokennorm": "√Σ(h/‖out‖)² · ‖W_down‖",
+    "l2": "√Σh²",
+    "abs": "Σ|h|",
+    "random": "random order",
+}
 
 
 @styled
@@ -49,7 +56,7 @@ def plot_importance_curves(
             held.setdefault(formula, []).append(np.interp(first, line["rank_share"], line["cumulative_share"]))
         for fraction in fractions[:-1]:
             ax.axvline(fraction, color="#999999", linewidth=0.7, linestyle=":", zorder=0)
-        ax.set_title(f"{formula}")
+        ax.set_title(f"{formula}: {_GLOSS[formula]}" if formula in _GLOSS else str(formula), fontsize=7.5)
         median = percent(np.nanmedian(held[formula]))
         ax.text(0.98, 0.04, f"first {percent(first)} hold {median}", ha="right", fontsize=7)
         ax.set(xlim=(0, 1), ylim=(0, 1.01), xticks=[0, *fractions])

@@ -217,10 +217,12 @@ def plot_error_distance(errors: pd.DataFrame, *, ax: Axes | None = None) -> Axes
     ax.errorbar(at, share, spread, fmt="none", ecolor="#222222", elinewidth=0.9, capsize=2)
     look = {"mfc": "white", "mec": method_color("token_id"), "mew": 1.2, "markersize": 5}
     ax.plot(at, wrong["error_chance"], "D", label="if expert and label were independent", **look)
-    for x, value, chance in zip(at, share, wrong["error_chance"], strict=True):
-        ax.text(x, np.nanmax([value, chance]) + 0.03, percent(value), ha="center", va="bottom", fontsize=7)
+    highest = np.nanmax([share, wrong["error_high"], wrong["error_chance"], np.full(len(at), 0.01)])
+    for x, *tops in zip(at, share, wrong["error_high"], wrong["error_chance"], strict=True):
+        top = np.nanmax([0, *tops])  # above the bar, its whisker and the mark of chance
+        place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        ax.annotate(percent(tops[0]), (x, top), fontsize=7, **place)
     ax.axvline(0, **REFERENCE)
-    highest = np.nanmax([share, wrong["error_chance"], np.full(len(at), 0.01)])
     ax.set(xticks=at, ylim=(0, 1.22 * highest), ylabel="share of the errors (%)")
     ax.set_xticklabels([f"{distance:+d}" for distance in at])
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))

@@ -37,7 +37,7 @@ def plot_training_curves(
     Args:
         steps: run, step, tokens, lm_loss, router_loss, router_accuracy, active_mlp_fraction (the frame
             `steps`).
-        window: steps of the moving mean drawn over the faint raw values; the title speaks of the last
+        window: steps of the moving mean drawn over the faint raw values; the title tells where that line ends, the mean of the last
             `window` steps.
         dense_loss: LM loss of the dense model on the same kind of text, a reference line.
         majority: accuracy of always answering the layer's commonest label, a reference line.
@@ -60,6 +60,9 @@ def plot_training_curves(
         if name in ("router_accuracy", "active_mlp_fraction"):
             ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
     _references(axes, dense_loss, majority)
+    if window > 1:
+        key = {"xycoords": "axes fraction", "ha": "right", "va": "top", "fontsize": 6.5, "color": "#666666"}
+        axes[0, 1].annotate(f"faint: each step; line: mean of the last {window}", (0.99, 0.98), **key)
     for ax in axes[1]:
         ax.set_xlabel("training tokens")
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
@@ -73,30 +76,29 @@ def plot_training_curves(
             above.tick_params(labelsize=6.5, colors="#666666")
     if len(runs) > 1:
         axes[0, 1].legend(title="run", title_fontsize=7)
-    headline(figure, _message(steps, window, dense_loss, majority))
+    headline(figure, _message(smooth, dense_loss, majority))
     return figure
 
 
 def _references(axes: np.ndarray, dense_loss: float | None, majority: float | None) -> None:
     """The dense model and the majority class as lines, each named on the line."""
 
-    def line(ax: Axes, value: float, name: str, look: dict) -> None:
+    def line(ax: Axes, value: float, name: str, look: dict, *, below: bool = False) -> None:
         ax.axhline(value, **look)
         low, high = ax.get_ylim()
         ax.set_ylim(min(low, value - 0.06 * (high - low)), max(high, value + 0.06 * (high - low)))
-        place = {"xycoords": ("axes fraction", "data"), "xytext": (-2, 2), "textcoords": "offset points"}
-        ax.annotate(name, (1, value), ha="right", va="bottom", fontsize=6.5, color=look["color"], **place)
+        place = {"xycoords": ("axes fraction", "data"), "xytext": (-2, -2 if below else 2), "textcoords": "offset points"}
+        ax.annotate(name, (1, value), ha="right", va="top" if below else "bottom", fontsize=6.5, color=look["color"], **place)
 
     if dense_loss is not None:
         line(axes[0, 0], dense_loss, f"dense model, held-out {dense_loss:.2f}", DENSE)
     if majority is not None:
-        line(axes[1, 0], majority, f"commonest label {percent(majority)}", REFERENCE)
+        line(axes[1, 0], majority, f"commonest label {percent(majority)}", REFERENCE, below=True)
     line(axes[1, 1], 1.0, "dense model 100 %", DENSE)
 
 
-def _message(steps: pd.DataFrame, window: int, dense_loss: float | None, majority: float | None) -> str:
-    runs = steps.sort_values("step").groupby("run", sort=False, observed=True)
-    ends = runs.tail(window).groupby("run", sort=False, observed=True)[["lm_loss", "router_accuracy"]].mean()
+def _message(smooth: pd.DataFrame, dense_loss: float | None, majority: float | None) -> str:
+    ends = smooth.groupby("run", sort=False, observed=True).tail(1)  # the last point of each drawn line
 
     def span(values: pd.Series, text: Callable[[float], str]) -> str:
         return " to ".join(dict.fromkeys((text(values.min()), text(values.max()))))  # one number if the runs agree
@@ -105,6 +107,6 @@ def _message(steps: pd.DataFrame, window: int, dense_loss: float | None, majorit
     dense = f" (dense, held-out: {dense_loss:.2f})" if dense_loss is not None else ""
     chance = f" (commonest label: {percent(majority)})" if majority is not None else ""
     return (
-        f"After {span(runs['tokens'].max(), compact)} tokens{several} the LM loss is {span(ends['lm_loss'], '{:.2f}'.format)}{dense} "
+        f"After {span(ends['tokens'], compact)} tokens{several} the LM loss is {span(ends['lm_loss'], '{:.2f}'.format)}{dense} "
         f"and the routers are right for {span(ends['router_accuracy'], percent)} of tokens{chance}"
     )

@@ -75,7 +75,7 @@ def plot_expert_usage_by_domain(
     tables, active = _tables(usage, fractions, "plot_expert_usage_by_domain")
     domains = sorted(tables, key=lambda domain: active[domain][ALL])
     colors = domain_colors(tables)
-    figure = canvas(6.2 + 1.85 * len(domains), figure)
+    figure = canvas(7.4 + 2.0 * len(domains), figure)
     strip, *axes = figure.subplots(1 + len(domains), 1, height_ratios=[2.6, *[1] * len(domains)])
     layers = list(tables[domains[0]].columns)
     centres = np.arange(len(layers)) + 0.5
@@ -89,12 +89,12 @@ def plot_expert_usage_by_domain(
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.02), "borderaxespad": 0}
     strip.legend(ncols=6, handlelength=1.7, columnspacing=0.9, handletextpad=0.5, **place)
     for ax, domain in zip(axes, domains, strict=True):
-        _layer_heatmap(ax, tables[domain], fractions, annotate=len(layers) <= _ANNOTATED, text_size=5)
+        _layer_heatmap(ax, tables[domain], fractions, annotate=len(layers) <= _ANNOTATED, text_size=6.3, least=0.005)
         ax.set_ylabel(domain, rotation=90, color="#222222")
         if ax is not axes[-1]:
             ax.set_xticks([])
     axes[-1].set_xlabel("layer")
-    share_bar(figure, axes, "tokens of the domain and layer (%)", aspect=40)
+    share_bar(figure, axes, "tokens of the domain and layer (%); cells without a number: below 0.5 %", aspect=50, below=True)
     least, most = domains[0], domains[-1]
     across = pd.DataFrame({domain: active[domain].loc[layers] for domain in domains}).mean(axis=1)
     headline(
@@ -130,9 +130,11 @@ def _percent_axis(ax: Axes, lowest: float = 0.0) -> None:
     ax.set_axisbelow(True)
 
 
-def _layer_heatmap(ax: Axes, table: pd.DataFrame, fractions: Sequence[float], *, annotate: bool, text_size: float = 6) -> None:
+def _layer_heatmap(
+    ax: Axes, table: pd.DataFrame, fractions: Sequence[float], *, annotate: bool, text_size: float = 6, least: float = 0.0
+) -> None:
     """Shares [expert, layer], the largest expert on top."""
-    heatmap(ax, table.iloc[::-1], annotate=annotate, text_size=text_size)
+    heatmap(ax, table.iloc[::-1], annotate=annotate, text_size=text_size, least=least)
     names = expert_names(fractions, len(table) - 1, "plot_expert_usage")
     ax.set_yticks(np.arange(len(names)) + 0.5, names[::-1], rotation=0)
     every = max(1, -(-table.shape[1] // 36))

@@ -1,0 +1,79 @@
+"""What happens to the choice of experts without supervision of the routers."""
+
+import pandas as pd
+
+from dynamoe_lab.analysis.findings.wording import tokens_text
+from dynamoe_lab.analysis.frames import ALL, expert_names, percent, require, split_layers
+from dynamoe_lab.analysis.metrics.collapse import CASE, collapsed_layers, run_name
+
+__all__ = ["collapse_finding"]
+
+
+def collapse_finding(collapse: pd.DataFrame, information: pd.DataFrame, *, fractions: tuple[float, ...] | None = None) -> str:
+    """Do layers collapse to one fixed expert when λ_router = 0 (a claim of arXiv 2502.12325), and do they not when it is 1?
+
+    A layer is called collapsed when one expert takes 99 % or more of its tokens; the number at 95 % is told, too. A run "collapsed" if
+    all its layers did, in every seed.
+
+    Args:
+        collapse: lambda_router, router_gradient, seed, layer, expert, share, tokens (from `stack_runs` of `expert_usage` frames).
+        information: lambda_router, router_gradient, seed, layer, entropy, information, active_mlp_fraction (from `stack_runs` of
+            `usage_information` frames with fractions).
+        fractions: [E] share of the MLP of each expert, to call the experts by.
+    """
+    require(information, (*CASE, "layer", "entropy", "information", "active_mlp_fraction"), "collapse_finding: information")
+    strict, loose = (collapsed_layers(collapse, threshold=threshold) for threshold in (0.99, 0.95))
+    names = expert_names(fractions, int(collapse["expert"].max()), "collapse_finding")
+    whole = split_layers(information)[1]
+    require(whole, (), f"collapse_finding: information of layer '{ALL}'")
+    layers = strict["layer"].nunique()
+    pairs = strict[["router_gradient", "lambda_router"]].drop_duplicates().itertuples(index=False, name=None)
+    cases = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+    texts = []
+    for gradient, weight in cases:
+        rows, nearly, means = (_of(frame, gradient, weight) for frame in (strict, loose, whole))
+        counts = rows.groupby("seed")["collapsed"].sum()
+        stuck = rows[rows["collapsed"]]
+        if (counts == layers).all():
+            said = f"all {layers} layers collapsed"
+        elif (counts == 0).all():
+            said = f"no layer of {layers} collapsed"
+        else:
+            said = f"{_span(counts)} of {layers} layers collapsed"
+        if len(stuck):
+            each = stuck["expert"].value_counts()
+            of = "all of them" if len(each) == 1 else f"{percent(each.iloc[0] / len(stuck))} of them"
+            said += f", {of} to expert {names[each.index[0]]}"
+        said += f" ({_span(nearly.groupby('seed')['collapsed'].sum())} at 95 %)"
+        active, seeds = means["active_mlp_fraction"], len(counts)
+        spread = f" (seeds {percent(active.min())} to {percent(active.max())})" if percent(active.min()) != percent(active.max()) else ""
+        texts.append(
+            f"{run_name(weight, gradient, cases)}: {said}, {percent(active.mean())} of the MLP neurons active{spread}, entropy "
+            f"{means['entropy'].mean():.2f} bits, {max(means['information'].mean(), 0):.2f} bits told by the token's id"
+            f"{f', {seeds} seeds' if seeds > 1 else ', 1 seed'}"
+        )
+    tokens = tokens_text(strict["tokens"].max())
+    return (
+        f"With λ the weight of the router loss, and a layer called collapsed when one expert takes 99 % or more of its n = {tokens}: "
+        f"{'; '.join(texts)}{_exceptions(strict, layers)}."
+    )
+
+
+def _of(frame: pd.DataFrame, gradient: str, weight: float) -> pd.DataFrame:
+    """Rows of one setting, all seeds."""
+    return frame[(frame["router_gradient"] == gradient) & (frame["lambda_router"] == weight)]
+
+
+def _span(counts: pd.Series) -> str:
+    """One number if the seeds agree, else the least and the most."""
+    return " to ".join(dict.fromkeys((str(counts.min()), str(counts.max()))))
+
+
+def _exceptions(strict: pd.DataFrame, layers: int) -> str:
+    """Gradients of which an unsupervised run did not collapse everywhere."""
+    free = strict[strict["lambda_router"] == 0]
+    worst = free.groupby(["router_gradient", "seed"])["collapsed"].sum().groupby("router_gradient").min()
+    held = [name.replace("_", "-") for name, count in worst.items() if count < layers]
+    if worst.empty or not held:
+        return ""
+    return f"; that every layer collapses without supervision does not hold here for the {' and the '.join(held)} gradient"

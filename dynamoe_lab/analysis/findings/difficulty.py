@@ -1,0 +1,88 @@
+"""Which tokens are hard, where, and on what text."""
+
+import numpy as np
+import pandas as pd
+
+from dynamoe_lab.analysis.findings.wording import domains_text, tokens_text
+from dynamoe_lab.analysis.frames import ALL, list_names, one_run, percent, require, signed, split_layers
+from dynamoe_lab.analysis.metrics.difficulty import COVARIATE_NAMES
+from dynamoe_lab.analysis.metrics.labels import FIRST, LATER
+from dynamoe_lab.errors import InputError
+
+__all__ = ["difficulty_domain_finding", "difficulty_finding", "label_share_finding"]
+
+
+def difficulty_finding(correlations: pd.DataFrame) -> str:
+    """Does difficulty go with surprisal, rarity or position?
+
+    Args:
+        correlations: the frame of `difficulty_correlations`, one run; the rows of layer "all".
+    """
+    needed = ("run", "theta", "layer", "covariate", "spearman", "low", "high", "n", "tokens", "confidence")
+    require(correlations, needed, "difficulty_finding")
+    one_run(correlations, "difficulty_finding")
+    rows = split_layers(correlations)[1]
+    require(rows, needed, f"difficulty_finding: rows of layer '{ALL}'")
+    texts = {"rises": [], "falls": [], "neither": []}
+    for row in rows.to_dict("records"):
+        spread = f", {signed(row['low'])} to {signed(row['high'])}" if np.isfinite(row["low"]) else ", no interval"
+        way = "rises" if row["low"] > 0 else "falls" if row["high"] < 0 else "neither"
+        texts[way].append(f"{COVARIATE_NAMES.get(row['covariate'], row['covariate'])} ({signed(row['spearman'])}{spread})")
+    parts = [f"{way} with {list_names(names)}" for way, names in texts.items() if names and way != "neither"]
+    if texts["neither"]:
+        parts.append(f"has no relation beyond its interval to {list_names(texts['neither'])}")
+    first = rows.iloc[0]
+    return (
+        f"At θ = {first['theta']:g} a token's difficulty, the mean share of the MLP that its labels ask for, {', '.join(parts[:-1])}"
+        f"{' and ' if len(parts) > 1 else ''}{parts[-1]} (Spearman, {percent(first['confidence'])} intervals over documents; "
+        f"n = {int(rows['n'].max())} documents, {tokens_text(rows['tokens'].max())}, position 0 left out)."
+    )
+
+
+def label_share_finding(shares: pd.DataFrame, theta: float) -> str:
+    """How much of the MLP do labels ask for: by layer, over θ, and at the first token of a block?
+
+    Args:
+        shares: the frame of `label_shares`, one run and domain.
+        theta: the threshold that is told; the nearest one in the frame is taken.
+    """
+    needed = ("run", "theta", "domain", "place", "layer", "label", "fraction", "tokens", "share")
+    require(shares, needed, "label_share_finding")
+    one_run(shares, "label_share_finding")
+    if shares["domain"].nunique() > 1:
+        raise InputError("label_share_finding: several domains in the frame; pass the rows of one")
+    single, pooled = split_layers(shares)
+    later = single[single["place"] == LATER]
+    require(later, needed, f"label_share_finding: rows of single layers, place '{LATER}'")
+    thetas = np.sort(later["theta"].unique())
+    theta = thetas[np.abs(thetas - theta).argmin()]
+    at = later[later["theta"] == theta]
+    by_layer = (at["share"] * at["fraction"]).groupby(at["layer"]).sum()
+    whole = (pooled["share"] * pooled["fraction"]).groupby([pooled["place"], pooled["theta"]]).sum()
+    most = at.loc[at.groupby("layer")["share"].idxmax(), "share"]
+    alone = int((most >= 0.99).sum())
+    sentence = (
+        f"At θ = {theta:.3g} labels ask for {percent(whole[LATER, theta], 1)} of the MLP on average, from {percent(by_layer.min(), 1)} in "
+        f"layer {by_layer.idxmin()} to {percent(by_layer.max(), 1)} in layer {by_layer.idxmax()}"
+    )
+    if len(thetas) > 1:
+        ends = [f"{percent(whole[LATER, value])} at θ = {value:.3g}" for value in thetas[[0, -1]]]
+        sentence += f"; over thresholds the mean goes from {ends[0]} to {ends[1]}"
+    sentence += f"; one label covers 99 % or more of the tokens in {alone} of {len(by_layer)} layers"
+    if FIRST in whole.index.get_level_values(0):
+        sentence += f"; the first token of a block, counted apart, asks for {percent(whole[FIRST, theta], 1)}"
+    return f"{sentence} (n = {tokens_text(at.groupby('layer')['tokens'].sum().max())} in each layer)."
+
+
+def difficulty_domain_finding(means: pd.DataFrame) -> str:
+    """On which domains are tokens harder? The two extremes are compared, allowing for all pairs they were picked from.
+
+    Args:
+        means: the frame of `difficulty_by_domain`, one run.
+    """
+    needed = ("run", "theta", "domain", "layer", "mean", "low", "high", "tokens", "documents", "confidence")
+    require(means, needed, "difficulty_domain_finding")
+    one_run(means, "difficulty_domain_finding")
+    rows = split_layers(means)[1]
+    text = domains_text(rows, "mean", "difficulty_domain_finding")
+    return f"Mean share of the MLP that labels ask for at θ = {means['theta'].iloc[0]:g} by domain, {text}."

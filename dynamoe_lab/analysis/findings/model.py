@@ -1,0 +1,109 @@
+"""What conversion and training did to the model: function, loss, perplexity, parameters."""
+
+import numpy as np
+import pandas as pd
+
+from dynamoe_lab.analysis.findings.wording import one_row, tokens_text, verdict
+from dynamoe_lab.analysis.frames import ALL, compact, one_run, percent, require, split_layers
+
+__all__ = ["active_params_finding", "conversion_finding", "perplexity_finding", "training_finding"]
+
+
+def conversion_finding(change: pd.DataFrame, *, tolerance: float = 0.01) -> str:
+    """Does reordering keep the function?
+
+    Args:
+        change: the frame of `logit_change` of the converted model at full width against the dense one: one row with max_abs, agreement
+            (share of tokens with the same most likely next token) and tokens.
+        tolerance: largest max_abs called rounding, in logits. Logits that change by at most d change no log-probability by more
+            than 2 d nats; float32 sums in another order give some 1e-4.
+    """
+    row = one_row(change, ("max_abs", "agreement", "tokens"), "conversion_finding")
+    same = row["max_abs"] <= tolerance
+    return (
+        f"At full width the converted model {'computes the same function as' if same else 'differs from'} the dense one: over "
+        f"{tokens_text(row['tokens'])} no logit changes by more than {row['max_abs']:.2g}, and the most likely next token is the same for "
+        f"{percent(row['agreement'], 1)} of them."
+    )
+
+
+def training_finding(steps: pd.DataFrame, *, window: int = 10, dense_loss: float | None = None) -> str:
+    """Does the loss still fall, and how far did it get?
+
+    The last `window` steps are compared with the `window` before them: the change of the mean LM loss against 1.96 of
+    its standard errors, steps taken as independent draws of batches.
+
+    Args:
+        steps: run, step, tokens, lm_loss, router_loss, router_accuracy, active_mlp_fraction of one run (`steps`).
+        window: steps averaged; at most half of them.
+        dense_loss: LM loss of the dense model on the same kind of text.
+    """
+    needed = ("step", "tokens", "lm_loss", "router_loss", "router_accuracy", "active_mlp_fraction")
+    require(steps, ("run", *needed), "training_finding")
+    one_run(steps, "training_finding")
+    steps = steps.sort_values("step")
+    window = max(1, min(window, len(steps) // 2))
+    first, before, last = steps.head(window), steps.iloc[-2 * window : -window], steps.tail(window)
+    change = last["lm_loss"].mean() - before["lm_loss"].mean()
+    noise = 1.96 * np.sqrt((last["lm_loss"].var() + before["lm_loss"].var()) / window)
+    if not np.isfinite(noise):
+        trend = "too few steps were run to say whether it still falls"
+    elif abs(change) > noise:
+        trend = f"it was still {'falling' if change < 0 else 'rising'} at the end ({change:+.2f} ± {noise:.2f})"
+    else:
+        trend = f"its change over the last {2 * window} steps ({change:+.2f}) is within their noise (±{noise:.2f})"
+    dense = f" (dense model on held-out text: {dense_loss:.2f})" if dense_loss is not None else ""
+    lm, router = ([f"{part[name].mean():.2f}" for part in (first, last)] for name in ("lm_loss", "router_loss"))
+    right = [percent(part["router_accuracy"].mean()) for part in (first, last)]
+    return (
+        f"In {len(steps)} steps ({tokens_text(steps['tokens'].iloc[-1])}) the LM loss went from {lm[0]} to {lm[1]} nats per "
+        f"token{dense}; {trend}; the router loss went from {router[0]} to {router[1]}, router accuracy from "
+        f"{right[0]} to {right[1]}, with {percent(last['active_mlp_fraction'].mean())} of the MLP neurons active "
+        f"(means of {window} steps)."
+    )
+
+
+def perplexity_finding(perplexity: pd.DataFrame, *, confidence: float = 0.95) -> str:
+    """What does the routing cost in perplexity?
+
+    Args:
+        perplexity: frames of `evaluate_perplexity`, one row per run: run, n (documents), tokens, perplexity, reference_perplexity, ratio,
+            low, high; the ratio to the dense model is paired by document. Without a reference (ratio nan) low and high are those of
+            the perplexity. A column active_mlp_fraction is told, too: a ratio without its compute says little.
+        confidence: of the intervals low to high.
+    """
+    needed = ("run", "n", "tokens", "perplexity", "reference_perplexity", "ratio", "low", "high")
+    require(perplexity, needed, "perplexity_finding")
+    texts = []
+    for row in perplexity.to_dict("records"):
+        text = f"{row['run']}: perplexity" if row["run"] else "perplexity"
+        if np.isfinite(row.get("active_mlp_fraction", np.nan)):
+            text = text.replace("perplexity", f"with {percent(row['active_mlp_fraction'])} of the MLP neurons, perplexity")
+        sample = f"n = {int(row['n'])} documents, {tokens_text(row['tokens'])}"
+        if np.isfinite(row["ratio"]):
+            against = verdict(row["low"] - 1, row["high"] - 1)
+            text += f" {row['perplexity']:.1f}, {against} the dense model's {row['reference_perplexity']:.1f} on the same documents: "
+            text += f"ratio {row['ratio']:.3f} ({percent(confidence)} interval {row['low']:.3f} to {row['high']:.3f}; {sample})"
+        else:
+            text += f" {row['perplexity']:.1f} ({percent(confidence)} interval {row['low']:.1f} to {row['high']:.1f}; {sample})"
+        texts.append(text)
+    return f"{'; '.join(texts)}."
+
+
+def active_params_finding(params: pd.DataFrame) -> str:
+    """How many parameters does a token use?
+
+    Args:
+        params: layer (with a row "all" for the whole model), mlp_active, mlp_total, active_mlp_fraction, router,
+            other, active_params, total_params: mean counts per token.
+    """
+    needed = ("layer", "mlp_total", "active_mlp_fraction", "router", "other", "active_params", "total_params")
+    require(params, needed, "active_params_finding")
+    row = one_row(split_layers(params)[1], needed, f"active_params_finding: the row of layer '{ALL}'")
+    active, total, dense = row["active_params"], row["total_params"], row["total_params"] - row["router"]
+    return (
+        f"A token uses {compact(active)} of {compact(total)} parameters ({percent(active / total, 1)}; "
+        f"{percent(active / dense, 1)} of the dense model's {compact(dense)}): "
+        f"{percent(row['active_mlp_fraction'], 1)} of the MLPs' {compact(row['mlp_total'])}, plus "
+        f"{compact(row['router'])} of the routers and {compact(row['other'])} that always run."
+    )

@@ -1,0 +1,110 @@
+"""What compute buys: what each θ saves and costs, and whether choosing by token beats a static cut."""
+
+import numpy as np
+import pandas as pd
+
+from dynamoe_lab.analysis.findings.wording import tokens_text, verdict
+from dynamoe_lab.analysis.frames import compact, list_names, percent, require
+from dynamoe_lab.analysis.metrics.pareto import pareto_points
+from dynamoe_lab.errors import InputError
+
+__all__ = ["pareto_finding", "static_finding"]
+
+SAME_COMPUTE = 0.015  # shares of the MLP, and relative counts of parameters, that differ by less are called equal
+
+
+def pareto_finding(pareto: pd.DataFrame) -> str:
+    """What does each θ save, and what does it cost in perplexity?
+
+    Trained routers are told; where there are none, the labels themselves, as converted.
+
+    Args:
+        pareto: the table `pareto`; rows of metric "perplexity_ratio". With a row of method "dense" savings are shares of its parameters.
+    """
+    needed = ("method", "theta", "seed", "train_tokens", "active_params", "active_mlp_fraction", "metric", "value", "low", "high", "n")
+    require(pareto, needed, "pareto_finding")
+    rows = pareto[pareto["metric"] == "perplexity_ratio"]
+    require(rows, needed, "pareto_finding: rows of metric 'perplexity_ratio'")
+    points = pareto_points(rows)
+    dense = points.loc[points["method"] == "dense", "active_params"]
+    routed = points[(points["method"] == "router") & (points["train_tokens"] > 0)]
+    kind = "Routers"
+    if routed.empty:
+        routed = points[points["method"] == "label"]
+        kind = "Routing by the labels, which cost a full MLP to compute,"
+    if routed.empty:
+        raise InputError("pareto_finding: neither a trained router nor labels in the frame; it needs method 'router' or 'label'")
+    texts = []
+    for row in routed.sort_values(["train_tokens", "theta"]).to_dict("records"):
+        size = compact(row["active_params"])
+        size += (
+            " active parameters"
+            if dense.empty
+            else f" of {compact(dense.iloc[0])} parameters active ({percent(row['active_params'] / dense.iloc[0])})"
+        )
+        spread = f"{row['low']:.2f} to {row['high']:.2f}" if np.isfinite(row["low"]) else "no interval"
+        seeds = f", mean and span of {row['seeds']} seeds" if row["seeds"] > 1 else ""
+        texts.append(
+            f"θ = {row['theta']:g}: {percent(row['active_mlp_fraction'])} of the MLP neurons, {size}, {row['value']:.2f} times the dense "
+            f"perplexity ({spread}{seeds}{'; dominated' if row['dominated'] else ''})"
+        )
+    budgets = [f"{int(tokens):,}" for tokens in sorted(routed["train_tokens"].unique())]
+    trained = f"trained on {list_names(budgets)} tokens" if routed["train_tokens"].max() > 0 else "without training"
+    return f"{kind} {trained}, on n = {int(routed['n'].min())} documents: {'; '.join(texts)}."
+
+
+def static_finding(comparison: pd.DataFrame) -> str:
+    """Does choosing by token beat a static cut at about the same compute, trained on the same tokens?
+
+    Args:
+        comparison: rows of `static_comparison`. Rows of one θ, width and budget are seeds: each has its verdict, the ratio is their
+            geometric mean.
+    """
+    needed = (
+        "theta",
+        "seed",
+        "train_tokens",
+        "active_params",
+        "static_params",
+        "active_mlp_fraction",
+        "static_fraction",
+        "ratio",
+        "low",
+        "high",
+        "n",
+        "tokens",
+        "confidence",
+    )
+    require(comparison, needed, "static_finding")
+    rows = comparison.assign(cut=comparison["static_fraction"].round(2))
+    texts = []
+    for (theta, cut, budget), part in rows.groupby(["theta", "cut", "train_tokens"]):
+        own, static = part["active_params"].mean(), part["static_params"].mean()
+        same = abs(own / static - 1) <= SAME_COMPUTE
+        more = "the same number of" if same else f"{percent(abs(own / static - 1))} {'more' if own > static else 'fewer'}"
+        compute = f"{more} active parameters, the router's included"
+        found = [verdict(low - 1, high - 1) for low, high in zip(part["low"], part["high"], strict=True)]
+        ratio = float(np.exp(np.log(part["ratio"]).mean()))
+        if len(part) == 1:
+            row = part.iloc[0]
+            spread = (
+                f"{percent(row['confidence'])} interval {row['low']:.3f} to {row['high']:.3f}" if np.isfinite(row["low"]) else "no interval"
+            )
+            said = found[0]
+        else:
+            spread = f"mean of {len(part)} seeds, {part['ratio'].min():.3f} to {part['ratio'].max():.3f}"
+            said = found[0] if len(set(found)) == 1 else "in some seeds only distinguishable from"
+            if len(set(found)) > 1:
+                spread += f"; below in {found.count('below')} and above in {found.count('above')} of the intervals"
+        meaning = {"below": "choosing by token pays", "above": "the static cut is better"}.get(
+            said, "choosing by token is not shown to pay"
+        )
+        if not same and ((said == "below" and own > static) or (said == "above" and own < static)):
+            meaning = f"but with {'more' if own > static else 'fewer'} active parameters"
+        texts.append(
+            f"θ = {theta:g} after {tokens_text(budget)} of training, {percent(part['active_mlp_fraction'].mean())} of the MLP neurons against a static "
+            f"{percent(cut)} "
+            f"({compute}): perplexity {said} the static cut's, ratio {ratio:.3f} ({spread}), {meaning}"
+        )
+    sample = f"n = {int(rows['n'].min())} documents, {tokens_text(rows['tokens'].min())}"
+    return f"Routing beside a static cut trained alike, paired by document ({sample}): {'; '.join(texts)}."

@@ -1,0 +1,63 @@
+"""Is the router right, and are its errors neighbours? Always beside chance."""
+
+import numpy as np
+import pandas as pd
+
+from dynamoe_lab.analysis.findings.wording import against_text, interval_text, one_row, points_text, sample_text, verdict
+from dynamoe_lab.analysis.frames import ALL, one_run, percent, require, split_layers
+
+__all__ = ["neighbour_finding", "router_finding"]
+
+_CHANCE = ("run", "layer", "tokens", "documents", "confidence", "errors", "majority", "token_id", "neighbour_chance", "neighbour_uniform")
+
+
+def router_finding(chance: pd.DataFrame) -> str:
+    """Is the router better than the layer's commonest label, and than the token's id?
+
+    Args:
+        chance: the frame of `router_chance`, one run.
+    """
+    rows, row = _chance(chance, "router_finding")
+    against = against_text(row, "minus_majority", "the commonest label of each layer", row["majority"])
+    if np.isfinite(row["token_id"]):
+        known = against_text(row, "minus_token_id", "a router that sees only the token id", row["token_id"])
+        against += f" and {known}"
+    better = int((rows["minus_majority_low"] > 0).sum())
+    worse = int((rows["minus_majority_high"] < 0).sum())
+    return (
+        f"The router is right for {percent(row['accuracy'], 1)} of tokens ({interval_text(row, 'accuracy')}; "
+        f"{sample_text(rows, row)}), {against}; layer by layer it is above the commonest label in {better} of {len(rows)}, "
+        f"below it in {worse} and not distinguishable from it in {len(rows) - better - worse}."
+    )
+
+
+def neighbour_finding(chance: pd.DataFrame) -> str:
+    """Do errors fall on neighbouring experts more often than chance would have it (a claim of arXiv 2502.12325)?
+
+    Args:
+        chance: the frame of `router_chance`, one run.
+    """
+    _, row = _chance(chance, "neighbour_finding")
+    errors, documents = int(row["errors"]), int(row["documents"])
+    if not errors:
+        return f"The router made no error in {documents} documents, so nothing can be said about neighbours."
+    against = verdict(row["neighbour_minus_chance_low"], row["neighbour_minus_chance_high"])
+    return (
+        f"{percent(row['neighbour_share'], 1)} of the router's errors miss by exactly one expert "
+        f"({interval_text(row, 'neighbour_share')}; n = {errors:,} errors in {documents} documents), {against} the "
+        f"{percent(row['neighbour_chance'], 1)} that would if expert and label were independent (difference "
+        f"{points_text(row, 'neighbour_minus_chance')}); errors spread evenly over the other experts would give "
+        f"{percent(row['neighbour_uniform'], 1)}."
+    )
+
+
+def _chance(chance: pd.DataFrame, function: str) -> tuple[pd.DataFrame, pd.Series]:
+    """Rows of the layers, and the pooled row, of a `router_chance` frame."""
+    needed = list(_CHANCE)
+    for name in ("accuracy", "minus_majority", "minus_token_id", "neighbour_share", "neighbour_minus_chance"):
+        needed += [name, f"{name}_low", f"{name}_high"]
+    require(chance, needed, function)
+    one_run(chance, function)
+    rows, pooled = split_layers(chance)
+    require(rows, needed, f"{function}: rows of single layers")
+    return rows, one_row(pooled, needed, f"{function}: the row of layer '{ALL}'")

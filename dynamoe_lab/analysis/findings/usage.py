@@ -1,0 +1,52 @@
+"""Who does the work: usage of the experts by layer and by domain."""
+
+import pandas as pd
+
+from dynamoe_lab.analysis.findings.wording import domains_text, mean_text, one_row, sample_text
+from dynamoe_lab.analysis.frames import ALL, list_names, one_run, percent, require, split_layers
+from dynamoe_lab.errors import InputError
+
+__all__ = ["domain_finding", "usage_finding"]
+
+_ACTIVE = ("run", "layer", "tokens", "documents", "confidence", "domain", "active_fraction", "low", "high")
+
+
+def usage_finding(active: pd.DataFrame, *, usage: pd.DataFrame | None = None) -> str:
+    """How much does expert usage differ between layers (a claim of arXiv 2502.12325)?
+
+    Args:
+        active: the frame of `active_fraction`, one run and one domain (or "all").
+        usage: the frame of `expert_usage` of the same routing; adds in how many layers one expert takes nearly all.
+    """
+    require(active, _ACTIVE, "usage_finding")
+    one_run(active, "usage_finding")
+    if active["domain"].nunique() > 1:
+        raise InputError("usage_finding: several domains in the frame; pass the rows of one, or use domain_finding")
+    layers, pooled = split_layers(active)
+    whole = one_row(pooled, _ACTIVE, f"usage_finding: the row of layer '{ALL}'")
+    layers = layers.set_index("layer").sort_values("active_fraction", kind="stable")
+    ends = [f"{mean_text(layers.iloc[at])} in layer {layers.index[at]}" for at in (0, -1)]
+    few = min(3, len(layers) // 2)
+    extremes = f"; least in layers {list_names(layers.index[:few])}, most in layers {list_names(layers.index[: -few - 1 : -1])}"
+    sentence = (
+        f"Averaged over layers a token runs {mean_text(whole)} of the MLP neurons, from {ends[0]} to {ends[1]}"
+        f"{extremes if few > 1 else ''} ({percent(whole['confidence'])} intervals; {sample_text(layers, whole)})"
+    )
+    if usage is None:
+        return f"{sentence}."
+    require(usage, ("layer", "expert", "share"), "usage_finding")
+    alone = int((usage.groupby("layer", observed=True)["share"].max() >= 0.99).sum())
+    return f"{sentence}; one expert takes 99 % or more of the tokens in {alone} of {len(layers)} layers."
+
+
+def domain_finding(active: pd.DataFrame) -> str:
+    """Which domains run more of the MLP?
+
+    The two extreme domains are compared; as they are picked from all pairs, the interval is widened (Bonferroni).
+
+    Args:
+        active: the frame of `active_fraction(..., by_domain=True)`, one run.
+    """
+    require(active, _ACTIVE, "domain_finding")
+    one_run(active, "domain_finding")
+    return f"Mean active MLP neurons by domain, {domains_text(split_layers(active)[1], 'active_fraction', 'domain_finding')}."

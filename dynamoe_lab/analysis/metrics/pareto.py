@@ -1,0 +1,159 @@
+"""What compute buys: points of active parameters against quality, which of them are dominated, and routing beside a static cut."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from dynamoe_lab.analysis.frames import ALL, require, split_layers
+from dynamoe_lab.analysis.metrics.perplexity import perplexity_ratio
+from dynamoe_lab.errors import InputError
+
+__all__ = ["lower_is_better", "pareto_front", "pareto_points", "pareto_row", "static_comparison"]
+
+_COLUMNS = ("method", "theta", "seed", "train_tokens", "active_params", "active_mlp_fraction", "metric", "value", "low", "high", "n")
+_LOWER = ("perplexity", "loss", "surprisal", "seconds")
+ORACLE = "label"  # its labels cost a full MLP to compute: a bound on what a router could do, not a way to save
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is better: perplexities, losses and times; everything else is taken for an accuracy."""
+    return any(word in metric for word in _LOWER)
+
+
+def pareto_row(
+    perplexity_row: pd.DataFrame | pd.Series | Mapping,
+    active_row: pd.DataFrame | pd.Series | Mapping,
+    *,
+    method: str,
+    theta: float = np.nan,
+    seed: int = 0,
+    train_tokens: int = 0,
+) -> pd.DataFrame:
+    """One row of the table `pareto`, metric "perplexity_ratio".
+
+    Args:
+        perplexity_row: ratio, low, high, n (of `perplexity_ratio` with the dense model's losses as reference).
+        active_row: active_params, active_mlp_fraction of the whole model: the row "all" of `count_active_params`, or its whole frame.
+        method: "dense", "router", "label", "random" or "static".
+        theta: threshold; nan where there is none.
+        train_tokens: tokens trained on; 0: as converted.
+
+    Returns:
+        method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n.
+    """
+    quality = _single(perplexity_row, ("ratio", "low", "high", "n"), "pareto_row: perplexity_row")
+    if isinstance(active_row, pd.DataFrame) and "layer" in active_row.columns:
+        active_row = split_layers(active_row)[1]
+    cost = _single(active_row, ("active_params", "active_mlp_fraction"), f"pareto_row: active_row (the row of layer '{ALL}')")
+    row = {"method": method, "theta": float(theta), "seed": int(seed), "train_tokens": int(train_tokens)}
+    row |= {name: float(cost[name]) for name in ("active_params", "active_mlp_fraction")}
+    row |= {"metric": "perplexity_ratio", "value": float(quality["ratio"]), "low": float(quality["low"]), "high": float(quality["high"])}
+    return pd.DataFrame([row | {"n": int(quality["n"])}])
+
+
+def pareto_points(pareto: pd.DataFrame) -> pd.DataFrame:
+    """The table `pareto` with the seeds of one setting put together, and which settings are dominated.
+
+    A setting is dominated when another of the same metric has no more active parameters and is no worse, and is better in one of the two,
+    by point estimates and over all methods together. The label oracle cannot dominate: computing its labels takes the full MLP.
+
+    Args:
+        pareto: method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n.
+
+    Returns:
+        metric, method, theta, train_tokens, active_params, active_mlp_fraction (means over seeds), value (mean over seeds; of
+        perplexities and their ratios the geometric one), low, high (of the only seed, or the lowest and highest end over seeds), n,
+        seeds, dominated. A setting without θ (static) is told by its active fraction.
+    """
+    groups, how = _settings(pareto, "pareto_points"), {"sort": False, "dropna": False}
+    rows = pareto.assign(setting=groups, n=pareto["n"].astype(np.int64))
+    logs = rows["metric"].map(lower_is_better) & (rows["value"] > 0)
+    rows["middle"] = np.where(logs, np.log(rows["value"].where(logs, 1.0)), rows["value"])
+    columns = {name: (name, "first") for name in ("metric", "method", "theta", "train_tokens")}
+    columns |= {name: (name, "mean") for name in ("active_params", "active_mlp_fraction")}
+    columns |= {
+        "value": ("middle", "mean"),
+        "low": ("low", "min"),
+        "high": ("high", "max"),
+        "n": ("n", "min"),
+        "seeds": ("seed", "nunique"),
+    }
+    points = rows.groupby("setting", **how).agg(**columns)
+    logs = logs.groupby(groups, **how).all()
+    points["value"] = np.where(logs, np.exp(points["value"].where(logs, 0.0)), points["value"])
+    points["dominated"] = False
+    for metric, part in points.groupby("metric"):
+        cost = part["active_params"].to_numpy(dtype=np.float64)
+        loss = part["value"].to_numpy(dtype=np.float64) * (1 if lower_is_better(metric) else -1)
+        close = 1e-9 * np.abs(cost).max()  # a mean over tokens of the same count is not always the same float
+        no_worse = (cost[:, None] <= cost + close) & (loss[:, None] <= loss)  # [by, of]
+        better = (cost[:, None] < cost - close) | (loss[:, None] < loss)
+        counts = (part["method"] != ORACLE).to_numpy()[:, None]
+        points.loc[part.index, "dominated"] = (no_worse & better & counts).any(axis=0)
+    return points.reset_index(drop=True)
+
+
+def pareto_front(pareto: pd.DataFrame) -> pd.DataFrame:
+    """The table `pareto` with a column `dominated`: is another setting at least as cheap and as good (see `pareto_points`)?
+
+    Seeds of one setting are judged together, by their mean, so that a lucky seed does not make the front.
+    """
+    groups = _settings(pareto, "pareto_front")
+    order = dict(zip(dict.fromkeys(groups), pareto_points(pareto)["dominated"], strict=True))
+    return pareto.assign(dominated=[bool(order[group]) for group in groups])
+
+
+def static_comparison(
+    router_losses: pd.DataFrame,
+    static_losses: pd.DataFrame,
+    *,
+    active_params: float,
+    static_params: float,
+    theta: float,
+    seed: int = 0,
+    train_tokens: int = 0,
+    confidence: float = 0.95,
+    resamples: int = 2_000,
+) -> pd.DataFrame:
+    """Does choosing by token beat a static cut of about the same width?
+
+    Args:
+        router_losses: frame of `routed_losses` of the routed model.
+        static_losses: the same of a model whose every token runs one prefix, trained on the same tokens and measured on the same documents.
+        active_params, static_params: parameters that a token of each activates (`count_active_params`); the static cut needs no router, so
+            at equal compute it is wider than the router's average.
+        theta, seed, train_tokens: of the routed model; copied into the result.
+        confidence, resamples: of the document bootstrap.
+
+    Returns:
+        One row: theta, seed, train_tokens, active_params, static_params, active_mlp_fraction (router), static_fraction, perplexity (router), static_perplexity, ratio
+        (router's over the static cut's, paired by document; below 1 the router is better), low, high, n (documents), tokens, confidence.
+    """
+    for losses in (router_losses, static_losses):
+        require(losses, ("document", "nll", "tokens", "positions", "active_mlp_fraction"), "static_comparison")
+    settings = {"bootstrap": resamples, "confidence": confidence}
+    row = perplexity_ratio(router_losses, static_losses, **settings).iloc[0]
+    static = np.average(static_losses["active_mlp_fraction"], weights=static_losses["positions"])
+    case = {"theta": float(theta), "seed": int(seed), "train_tokens": int(train_tokens)}
+    cost = {"active_params": float(active_params), "static_params": float(static_params)}
+    cost |= {"active_mlp_fraction": float(row["active_mlp_fraction"]), "static_fraction": float(static)}
+    quality = {"perplexity": row["perplexity"], "static_perplexity": row["reference_perplexity"]}
+    sample = {"ratio": row["ratio"], "low": row["low"], "high": row["high"], "n": int(row["n"]), "tokens": int(row["tokens"])}
+    return pd.DataFrame([{**case, **cost, **quality, **sample, "confidence": confidence}])
+
+
+def _settings(pareto: pd.DataFrame, function: str) -> pd.Series:
+    """A code per setting, the same for its seeds."""
+    require(pareto, _COLUMNS, function)
+    fraction = pareto["active_mlp_fraction"].where(pareto["theta"].isna()).round(3)  # the cut, where there is no θ
+    keys = pareto[["metric", "method", "theta", "train_tokens"]].assign(fraction=fraction)
+    return keys.groupby(list(keys.columns), sort=False, dropna=False).ngroup()
+
+
+def _single(row: pd.DataFrame | pd.Series | Mapping, columns: tuple[str, ...], function: str) -> pd.Series:
+    frame = row if isinstance(row, pd.DataFrame) else pd.DataFrame([dict(row)])
+    require(frame, columns, function)
+    if len(frame) != 1:
+        raise InputError(f"{function}: one row is needed, the frame has {len(frame)}")
+    return frame.iloc[0]

@@ -1,0 +1,192 @@
+"""The picture of what compute buys: quality over active parameters, every method and θ in one place."""
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
+
+from dynamoe_lab.analysis.frames import compact, percent, require
+from dynamoe_lab.analysis.metrics.pareto import ORACLE, lower_is_better, pareto_points
+from dynamoe_lab.analysis.plots.placing import place_labels
+from dynamoe_lab.analysis.style import DENSE, headline, method_color, method_marker, one_axes, percent_axis, ratio_axis, styled
+from dynamoe_lab.errors import InputError
+
+__all__ = ["plot_pareto"]
+
+_PARETO = ("method", "theta", "seed", "train_tokens", "active_params", "active_mlp_fraction", "metric", "value", "low", "high", "n")
+_FRONT = {"color": "#c4c4c4", "linewidth": 2.6, "drawstyle": "steps-post", "zorder": 0.9}
+_NAMES = {
+    "router": "router",
+    "label": "labels (oracle: costs a full MLP)",
+    "random": "random, the router's shares",
+    "static": "static: every token the same width",
+}
+
+
+@styled
+def plot_pareto(
+    pareto: pd.DataFrame,
+    *,
+    dense_params: float,
+    x: str = "active_params",
+    metric: str = "perplexity_ratio",
+    ax: Axes | None = None,
+) -> Axes:
+    """Quality over compute: a mark per method, θ and training; full marks are trained, hollow ones as converted, pale ones dominated.
+
+    Beside the marks stands θ, or the width of a static cut. With several seeds the mark is their mean and small dots are the seeds;
+    whiskers are the interval of the only seed, or reach from the lowest to the highest end over seeds. The line is the front: what
+    nothing else beats in both.
+
+    Args:
+        pareto: method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n.
+        dense_params: parameters of the dense model; x is drawn as a share of them.
+        x: "active_params" or "active_mlp_fraction".
+        metric: rows to draw. Perplexity ratios are drawn on a log axis with the dense model at 1; the dense model's other metrics are
+            read from its row (method "dense").
+        ax: where to draw; None: a new figure.
+    """
+    require(pareto, _PARETO, "plot_pareto")
+    if x not in ("active_params", "active_mlp_fraction"):
+        raise InputError(f"plot_pareto: x = {x!r}, give 'active_params' or 'active_mlp_fraction'")
+    rows = pareto[pareto["metric"] == metric]
+    if rows.empty:
+        raise InputError(f"plot_pareto: no rows of metric {metric!r}; the frame has {', '.join(sorted(set(pareto['metric'])))}")
+    if not dense_params > 0:
+        raise InputError(f"plot_pareto: dense_params = {dense_params}, give the parameters of the dense model")
+    unit = dense_params if x == "active_params" else 1.0
+    points = pareto_points(rows)
+    dense = points[points["method"] == "dense"]
+    points = points[points["method"] != "dense"].assign(x=lambda frame: frame[x] / unit)
+    require(points, (), "plot_pareto: rows of a method besides dense")
+    level = 1.0 if metric == "perplexity_ratio" else (float(dense["value"].iloc[0]) if len(dense) else np.nan)
+    ax = one_axes(12.0, ax)
+    for (method, trained), part in points.groupby(["method", points["train_tokens"] > 0], sort=False):
+        part = part.sort_values("x")
+        color = method_color(method)
+        if method != "static" or len(part) > 1:
+            ax.plot(part["x"], part["value"], color=color, linewidth=0.7, alpha=0.45, linestyle="-" if trained else ":", zorder=1)
+        for point in part.itertuples():
+            _point(ax, point, color)
+    several = points[points["seeds"] > 1]
+    for point in several.itertuples():
+        same = rows[(rows["method"] == point.method) & (rows["train_tokens"] == point.train_tokens)]
+        same = same[
+            (same["theta"] == point.theta)
+            | (np.isnan(point.theta) & np.isclose(same["active_mlp_fraction"], point.active_mlp_fraction, atol=2e-3))
+        ]
+        ax.plot(same[x] / unit, same["value"], ".", color=method_color(point.method), markersize=2.5, zorder=4)
+    _dense(ax, level)
+    front = _front(points, level, metric)
+    ax.plot(front[0], front[1], **_FRONT)
+    ax.grid(color="#eeeeee")
+    ax.set_axisbelow(True)
+    percent_axis(ax.xaxis)
+    ax.margins(x=0.06, y=0.08)
+    if metric == "perplexity_ratio":
+        ratio_axis(ax)
+        ax.set_ylabel("perplexity / dense model's perplexity")
+    else:
+        ax.set_ylabel(metric)
+    dense_size = f"active parameters (% of the dense model's {compact(dense_params)})"
+    ax.set_xlabel(dense_size if x == "active_params" else "active MLP neurons (%)")
+    rows_of_key = _legend(ax, points)
+    marks = [f"{row.theta:g}" if np.isfinite(row.theta) else percent(row.active_mlp_fraction) for row in points.itertuples()]
+    places = list(zip(points["x"], points["value"], strict=True))
+    colors = [tuple(0.7 * np.array(to_rgb(method_color(method)))) for method in points["method"]]  # thin letters need more contrast
+    headline(ax, _message(points, metric), pad=8 + 12 * rows_of_key)
+    level_line = [(at, level) for at in np.linspace(*ax.get_xlim(), 200)] if np.isfinite(level) else []
+    place_labels(ax, places, marks, colors=colors, avoid=_along_lines(ax) + level_line)
+    return ax
+
+
+def _point(ax: Axes, point, color: str) -> None:
+    """One setting: whiskers and a mark; paler if dominated, hollow if untrained."""
+    alpha = 0.4 if point.dominated else 1.0
+    spread = np.clip([[point.value - point.low], [point.high - point.value]], 0, None)
+    if np.isfinite(spread).all():
+        ax.errorbar([point.x], [point.value], spread, fmt="none", ecolor=color, elinewidth=0.9, capsize=2, alpha=alpha, zorder=2)
+    look = {"mec": color, "mfc": color if point.train_tokens > 0 else "white", "mew": 1.1, "markersize": 5.5, "alpha": alpha}
+    ax.plot([point.x], [point.value], method_marker(point.method), zorder=3, **look)
+
+
+def _along_lines(ax: Axes) -> list[tuple[float, float]]:
+    """Points every few pixels along everything that is drawn as a line, the seeds' dots and the ends of whiskers, in data units."""
+    found = []
+    for line in ax.get_lines():
+        x, y = np.asarray(line.get_xdata(), dtype=float), np.asarray(line.get_ydata(), dtype=float)
+        if line.get_transform() != ax.transData or len(x) < 1:
+            continue  # the dense model's lines span the axes
+        if line.get_linestyle() in ("-", ":") and len(x) > 1:
+            if line.get_drawstyle() == "steps-post":
+                x, y = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
+            pixels = ax.transData.transform(np.stack([x, y], axis=1))
+            at = np.concatenate([np.linspace(a, b, 24) for a, b in pairwise(pixels)])
+            found += [tuple(point) for point in ax.transData.inverted().transform(at)]
+        elif line.get_marker() in (".", "_"):
+            found += list(zip(x, y, strict=True))
+    return found
+
+
+def _dense(ax: Axes, level: float) -> None:
+    """The dense model: its level as a line, itself at full compute."""
+    if not np.isfinite(level):
+        return
+    ax.axhline(level, **DENSE, zorder=1)
+    ax.axvline(1.0, **(DENSE | {"linewidth": 0.6, "alpha": 0.5}), zorder=1)
+    ax.plot([1.0], [level], method_marker("dense"), color=DENSE["color"], markersize=9, zorder=4)
+    place = {"xytext": (-7, -3), "textcoords": "offset points", "ha": "right", "va": "top"}
+    ax.annotate("dense model", (1.0, level), fontsize=6.5, color=DENSE["color"], **place)
+
+
+def _front(points: pd.DataFrame, level: float, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of the front [n], [n], cheapest first; the dense model closes it where nothing cheaper is as good."""
+    best = points[~points["dominated"] & (points["method"] != ORACLE)][["x", "value"]].sort_values("x")
+    if np.isfinite(level) and (
+        len(best) == 0 or ((level < best["value"].min()) if lower_is_better(metric) else (level > best["value"].max()))
+    ):
+        best = pd.concat([best, pd.DataFrame({"x": [1.0], "value": [level]})])
+    return best["x"].to_numpy(), best["value"].to_numpy()
+
+
+def _legend(ax: Axes, points: pd.DataFrame) -> int:
+    """The key over the axes; returns its rows."""
+    handles = []
+    for method in dict.fromkeys(points["method"]):
+        look = {"color": method_color(method), "marker": method_marker(method), "linestyle": "none", "markersize": 5.5}
+        handles.append(Line2D([], [], label=_NAMES.get(method, method), **look))
+    if (points["train_tokens"] == 0).any():
+        handles.append(
+            Line2D([], [], marker="o", color="#666666", mfc="white", linestyle="none", markersize=5.5, label="hollow: not trained")
+        )
+    if points["dominated"].any():
+        handles.append(Line2D([], [], marker="o", color="#666666", alpha=0.4, linestyle="none", markersize=5.5, label="pale: dominated"))
+    handles.append(Line2D([], [], label="front", **_FRONT))
+    columns = max(1, int(ax.figure.bbox.width / ax.figure.dpi / 2))  # 2 inches each
+    ax.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.3, handlelength=1.6, columnspacing=1.2
+    )
+    return -(-len(handles) // columns)
+
+
+def _message(points: pd.DataFrame, metric: str) -> str:
+    """What the most saving trained router that still lies on the front costs."""
+    routers = points[(points["method"] == "router") & (points["train_tokens"] > 0)]
+    told = routers if len(routers) else points
+    cheapest, dearest = told.loc[told["x"].idxmin()], told.loc[told["x"].idxmax()]
+
+    def name(row: pd.Series) -> str:
+        return f"θ = {row['theta']:g}" if np.isfinite(row["theta"]) else f"{row['method']} {percent(row['active_mlp_fraction'])}"
+
+    def cost(row: pd.Series) -> str:
+        value = f"{row['value']:.2f} times the dense perplexity" if metric == "perplexity_ratio" else f"{metric} {row['value']:.3g}"
+        return f"{name(row)} runs {percent(row['active_mlp_fraction'])} of the MLP neurons at {value}"
+
+    kind = "Trained routers" if len(routers) else "As converted"
+    ends = [cost(cheapest)] if cheapest.equals(dearest) else [cost(cheapest), cost(dearest).replace(" of the MLP neurons", "")]
+    ends = [ends[0], *(end.replace(" the dense perplexity", "") for end in ends[1:])]
+    beaten = f"; {int(routers['dominated'].sum())} of {len(routers)} are dominated" if len(routers) > 1 else ""
+    return f"{kind}: {', '.join(ends)}{beaten}"
