@@ -123,6 +123,20 @@ def test_tied_embeddings_count_once(blocks):
     assert counts[1] - counts[0] == 128 * 64
 
 
+def test_a_fixed_width_asks_no_router(family, blocks):
+    model = make_converted(family)
+    dense = sum(parameter.numel() for parameter in make_dense(family).parameters())
+    model.set_routing("full")
+    assert count_active_params(model).iloc[-1]["active_params"] == dense
+    model.set_routing(1)
+    fixed, traced = count_active_params(model), count_active_params(model, trace_routing(model, blocks))
+    pd.testing.assert_frame_equal(fixed, traced)
+    assert fixed.iloc[-1]["active_params"] == dense - sum(expert_params(mlp)[-1] - expert_params(mlp)[1] for mlp in model.nested_mlps())
+    model.set_routing("router")
+    with pytest.raises(InputError, match="tokens differ"):
+        count_active_params(model)
+
+
 def test_biases_count(blocks):
     model = make_converted(dense=make_dense(mlp_bias=True))
     mlp = model.nested_mlps()[0]

@@ -17,24 +17,31 @@ def expert_params(mlp: NestedMLP) -> list[int]:
     return [size * per_neuron + shared for size in mlp.sizes]
 
 
-def count_active_params(model: PreTrainedModel, routing: pd.DataFrame, *, run: str = "") -> pd.DataFrame:
+def count_active_params(model: PreTrainedModel, routing: pd.DataFrame | None = None, *, run: str = "") -> pd.DataFrame:
     """Average parameters that a token activates, per layer and for the whole model.
 
     Args:
-        model: the converted model that `routing` was traced on.
-        routing: table `routing` (columns layer, expert; one row per token and layer).
+        model: the converted model that `routing` was traced on, under the routing it was traced with.
+        routing: table `routing` (columns layer, expert; one row per token and layer); None: every token takes the one expert that
+            `model.set_routing` was given.
 
     Returns:
         One row per layer and one, layer "all", for the model: run, layer, mlp_active (mean over tokens), mlp_total, active_mlp_fraction,
-        router, other (attention, norms, embeddings; tied embeddings once), active_params, total_params.
+        router (0 under a fixed expert, which asks no router), other (attention, norms, embeddings; tied embeddings once), active_params, total_params.
 
     Raises:
-        InputError: `routing` has other layers or experts than the model.
+        InputError: `routing` has other layers or experts than the model, or is needed and missing.
     """
     if not isinstance(model, DynaMoEMixin):
         raise InputError(f"count_active_params: {type(model).__name__} has no experts; convert it first with lab.convert")
-    mlps = model.nested_mlps()
-    usage = routing.groupby(["layer", "expert"], observed=True).size().unstack(fill_value=0)
+    mlps, mode = model.nested_mlps(), model.routing.mode
+    fixed = {"full": model.moe.num_experts - 1, "fixed": model.routing.expert}.get(mode)
+    if routing is not None:
+        usage = routing.groupby(["layer", "expert"], observed=True).size().unstack(fill_value=0)
+    elif fixed is None:
+        raise InputError(f"count_active_params: under routing {mode!r} tokens differ; give the frame of lab.trace_routing")
+    else:
+        usage = pd.DataFrame({fixed: 1}, index=range(len(mlps)))
     if list(usage.index) != list(range(len(mlps))) or usage.columns.max() >= model.moe.num_experts:
         raise InputError(f"count_active_params: this routing is not of a model with {len(mlps)} layers and {model.moe.num_experts} experts")
     nested = {id(parameter) for mlp in mlps for parameter in mlp.parameters()}
@@ -44,12 +51,13 @@ def count_active_params(model: PreTrainedModel, routing: pd.DataFrame, *, run: s
         sizes = expert_params(mlp)
         counts = usage.loc[index]
         active = sum(counts.get(expert, 0) * size for expert, size in enumerate(sizes)) / counts.sum()
-        router = sum(parameter.numel() for parameter in mlp.router.parameters())
+        router = 0 if fixed is not None else sum(parameter.numel() for parameter in mlp.router.parameters())
         rows.append(_row(run, str(index), active, sizes[-1], router, others[index]))
     whole = pd.DataFrame(rows)
     every = sum(parameter.numel() for parameter in model.parameters())  # parameters() yields a tied weight once
+    routers = sum(parameter.numel() for mlp in mlps for parameter in mlp.router.parameters())
     mlp_total, router = int(whole["mlp_total"].sum()), int(whole["router"].sum())
-    rows.append(_row(run, "all", float(whole["mlp_active"].sum()), mlp_total, router, every - mlp_total - router))
+    rows.append(_row(run, "all", float(whole["mlp_active"].sum()), mlp_total, router, every - mlp_total - routers))
     return pd.DataFrame(rows)
 
 
