@@ -54,9 +54,8 @@ def main() -> None:
             flush=True,
         )
     low, high = np.quantile(ratios, (0.1, 0.9))
-    print(
-        f"labels at {len(thetas)} θ: median ratio {statistics.median(ratios):.3f} of a dense forward (10-90 %: {low:.3f} to {high:.3f}), n = {len(ratios)} pairs of {ids.numel():,} tokens, {torch.get_num_threads()} threads"
-    )
+    print(f"labels at {len(thetas)} θ cost {statistics.median(ratios):.3f} of a dense forward (median; 10-90 %: {low:.3f} to {high:.3f})")
+    print(f"n = {len(ratios)} pairs of {ids.numel():,} tokens, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line: exit codes, one line for bad input, and `--help` at once."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -39,7 +40,7 @@ def test_help_comes_at_once():
         done = subprocess.run([sys.executable, "-m", "dynamoe_lab", "--help"], capture_output=True, text=True, env=environment, timeout=60)
         seconds.append(time.perf_counter() - began)
     assert done.returncode == 0
-    assert all(word in done.stdout for word in ("run", "report", "doctor", "--debug"))
+    assert all(word in done.stdout for word in ("run", "sweep", "convert", "train", "ls", "show", "report", "doctor", "--debug"))
     assert min(seconds) < 0.5
 
 
@@ -65,6 +66,18 @@ def test_help_imports_nothing_heavy():
         (["run", "--profile", "qiuck"], "unknown profile 'qiuck'"),
         (["run", "-p", "dynamoe.teta=1"], "did you mean dynamoe.theta"),
         (["report", "nowhere"], "no records in this folder"),
+        (["sweep", "importanse"], "did you mean importance"),
+        (["sweep", "importance", "-p", "dynamoe.teta=1"], "did you mean dynamoe.theta"),
+        (["sweep", "importance", "-p", "dynamoe.importance=l2"], "varies dynamoe.importance"),
+        (["convert", "smollm2-135m", "--output", "notebooks"], "not an empty folder"),
+        (["convert", "smollm2-135m", "--output", "new", "-p", "dynamoe.teta=1"], "did you mean dynamoe.theta"),
+        (["convert", "smollm2-135m", "--output", "new", "-p", "model=x"], "the command's first argument"),
+        (["convert", "smollm2-135n", "--output", "new"], "did you mean smollm2-135m"),
+        (["train", "smollm2-135m", "--output", "notebooks"], "no run to go on with"),
+        (["train", "smollm2-135m", "--output", "new", "-p", "train.steps=0"], "nothing to train"),
+        (["ls"], "no runs below reports"),
+        (["ls", "--steps"], "no steps in $DYNAMOE_LAB_HOME"),
+        (["show", "quick/04"], "no run 'quick/04'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(project, words, message):
@@ -75,6 +88,90 @@ def test_bad_input_is_one_line_and_exit_code_2(project, words, message):
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
     assert "Traceback" in call("--debug", *words).stderr
+
+
+def test_a_kernel_that_is_slow_to_say_good_bye_is_no_error(project, capfd):
+    """Shutting down interrupts the kernel first; one still busy with its last answer used to print an ERROR line in a clean run."""
+    late = """if True:
+        import time
+        kernel = get_ipython().kernel
+        answer = kernel.shell_handlers["kernel_info_request"]
+        async def late(*message):
+            await answer(*message)
+            time.sleep(1)
+        kernel.shell_handlers["kernel_info_request"] = late
+    """
+    write_notebook(project, "01_late", [late])
+    assert notebooks.run_notebooks(profile="smoke") == {"01_late": "ok"}
+    assert "ERROR" not in capfd.readouterr().err
+
+
+def test_a_sweeps_end_is_told_and_written(project, monkeypatch):
+    """One cell failed: exit code 1, a line for it, both files there, and how to draw the table."""
+    import pandas as pd
+
+    from dynamoe_lab.workbench import sweep
+
+    def ended(chosen, **asked):
+        plans = chosen.resolve(asked["profile"], asked["overrides"])
+        outcomes = [sweep.Outcome(plan.number, plan.settings) for plan in plans]
+        outcomes[1].status, outcomes[1].error = "failed", "RuntimeError: too hot"
+        result = sweep.SweepResult(chosen, plans, outcomes, {1: object()})
+        result.table = pd.DataFrame({"cell": [1, 2], "value": [1.5, None]})
+        assert asked["jobs"] == 2
+        return result
+
+    monkeypatch.setattr(sweep, "run_sweep", ended)
+    done = call("sweep", "calibration", "--profile", "smoke", "-p", "seed=3", "--jobs", "2")
+    assert done.exit_code == 1
+    assert done.stdout == (
+        "table: reports/sweeps/calibration/sweep.csv\ndraw it: dynamoe-lab run 20 -p sweep=reports/sweeps/calibration/sweep.csv\n"
+    )
+    assert done.stderr == "cell 2 failed: data.calibration_tokens=2048: RuntimeError: too hot\n"
+    folder = project / "reports" / "sweeps" / "calibration"
+    assert (folder / "sweep.csv").read_text() == "cell,value\n1,1.5\n2,\n"
+    content = json.loads((folder / "sweep.json").read_text())
+    assert content["command"] == "dynamoe-lab sweep calibration --profile smoke -p seed=3"
+    assert content["cells"][1]["error"] == "RuntimeError: too hot"
+    assert "calibration  1 of 4 failed" in call("ls").stdout
+
+
+@pytest.mark.assets
+def test_convert_and_train_from_a_shell(home, project, monkeypatch):
+    """Dense -> converted -> trained, and dense -> trained at once, give the same weights; both folders load, a second call only reads."""
+    import pandas as pd
+    import torch
+
+    import dynamoe_lab as lab
+
+    monkeypatch.setenv("DYNAMOE_LAB_HOME", str(home))
+    few = ["--profile", "smoke", "-p", "data.calibration_tokens=512"]
+    short = ["-p", "train.steps=2", "-p", "train.save_steps=1"]
+    done = call("convert", "smollm2-pico", "--output", "converted", *few, "-p", "dynamoe.theta=0.8")
+    assert done.exit_code == 0, done.output
+    model, _ = lab.load_model("converted")
+    routers = sum(parameter.numel() for name, parameter in model.named_parameters() if ".router." in name)
+    assert f"4 nested experts (25%, 50%, 75%, 100% of each MLP), {model.num_parameters():,} parameters, {routers:,} of" in done.stdout
+    assert model.moe.theta == 0.8
+    assert not list(project.glob(".converted*"))
+    assert "not an empty folder" in call("convert", "smollm2-pico", "--output", "converted", *few).stderr
+
+    done = call("train", "converted", "--output", "runs/trained", *few, *short)
+    assert done.exit_code == 0, done.output
+    assert "steps: runs/trained/steps.csv" in done.stdout
+    steps = pd.read_csv("runs/trained/steps.csv")
+    assert steps["step"].tolist() == [1, 2]
+    written = (project / "runs" / "trained" / "checkpoint" / "model.safetensors").stat().st_mtime_ns
+    assert call("train", "converted", "--output", "runs/trained", *few, *short).exit_code == 0
+    assert (project / "runs" / "trained" / "checkpoint" / "model.safetensors").stat().st_mtime_ns == written
+    other = call("train", "converted", "--output", "runs/trained", *few, "-p", "train.steps=3")
+    assert (other.exit_code, "holds a run with other inputs" in other.stderr) == (2, True)
+    kept = call("train", "converted", "--output", "runs/other", *few, *short, "-p", "dynamoe.theta=0.7")
+    assert (kept.exit_code, "converted already" in kept.stderr) == (2, True)
+
+    assert call("train", "smollm2-pico", "--output", "direct", *few, *short, "-p", "dynamoe.theta=0.8").exit_code == 0
+    direct, trained = (lab.load_model(f"{folder}/checkpoint")[0].state_dict() for folder in ("direct", "runs/trained"))
+    assert all(torch.equal(direct[name], tensor) for name, tensor in trained.items())
 
 
 def test_unknown_options_and_commands_are_exit_code_2():

@@ -108,8 +108,8 @@ class TestPareto:
     def test_the_static_verdict_follows_the_interval(self):
         assert static_finding(self.comparison(0.8)) == (
             "Routing beside a static cut trained alike, paired by document (n = 25 documents, 8,160 tokens): θ = 0.9 after 40,960 "
-            "tokens of training, 66 % of the MLP neurons against a static 66 % (the same number of active parameters, the router's included): "
-            "perplexity below the static cut's, ratio 0.800 "
+            "tokens of training, 66 % of the MLP neurons against a static 66 % (the same number of active parameters, "
+            "the router's included): perplexity below the static cut's, ratio 0.800 "
             "(95 % interval 0.760 to 0.840), choosing by token pays."
         )
         assert "not distinguishable from the static cut's, ratio 0.980" in static_finding(self.comparison(0.98))

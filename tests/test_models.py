@@ -10,7 +10,7 @@ from conftest import FAMILIES, make_blocks, make_converted, make_dense
 from torch.nn import functional as F
 
 from dynamoe_lab.evaluation import expert_params
-from dynamoe_lab.models import decoder_layers, family_of, labels_from_similarity
+from dynamoe_lab.models import DynaMoEConfig, decoder_layers, family_of, labels_from_similarity
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gemma3_text": tanh_gelu, "gpt_neox": F.gelu, "phi": tanh_gelu, "opt": F.relu}  # the others: SiLU
@@ -222,6 +222,17 @@ def test_theta_changes_labels_not_the_routers_choice(blocks):
 
 
 # --- losses and gradients -----------------------------------------------------------------------------------------------------------
+
+
+def test_reconfiguring_equals_converting_again(blocks):
+    changed = {"theta": 0.4, "lambda_lm": 1.0, "lambda_router": 0.1, "train_route": "label", "router_gradient": "probability"}
+    model, fresh = make_converted(), make_converted(**changed)
+    model.reconfigure(fresh.moe)
+    assert model.config.moe == fresh.config.moe
+    losses = [candidate.train()(blocks.ids, labels=blocks.ids).loss for candidate in (model, fresh)]
+    assert torch.equal(*losses)
+    with pytest.raises(ValueError, match=r"experts = .* convert the dense model again"):
+        model.reconfigure(DynaMoEConfig(experts=(0.5, 1.0)))
 
 
 def test_loss_is_the_papers(family, blocks):

@@ -321,7 +321,7 @@ def test_a_run_without_finish_is_no_success(project, capsys):
 def test_the_heartbeat_tells_the_last_line_while_a_cell_runs(project, capsys):
     cells = ["## Train the router", "import time\nprint('step 1\\nstep 2', flush=True)\ntime.sleep(2.5)", "## Look", "1 + 1"]
     write_notebook(project, "05_slow", cells)
-    run_notebooks(profile="smoke", every=0.5)
+    run_notebooks(profile="smoke", every=0.1)
     lines = capsys.readouterr().out.splitlines()
     assert "05_slow  starting the kernel  0s" in lines
     assert any(line.startswith("05_slow  cell 2/3  Train the router  ") and line.endswith("s  | step 2") for line in lines)

@@ -38,6 +38,7 @@ def make_record(name: str = "04_router_confusion", **run) -> Record:
             scalars=[Scalar("accuracy", 0.5, n=100, low=0.4, high=0.6), Scalar("parameters", 134_515_008, unit="weights")],
             figures=[Artifact("confusion", "Who is taken for whom.", [StoredFile("confusion.png", "ab", 3)])],
             tables=[Artifact("summary", "A table.")],
+            fragments=[Artifact("sentence", "A coloured text.")],
             findings=[Finding("It errs next door.", "confusion")],
             steps=[StepUse("train", "0" * 32, True, 12.0, False)],
         ),
@@ -91,6 +92,17 @@ def test_entries_of_later_versions_are_left_aside(tmp_path):
     del content["run"]["title"]
     (tmp_path / "record.json").write_text(json.dumps(content))
     assert load_record(tmp_path).run.title == ""
+
+
+def test_records_of_earlier_versions_are_read(tmp_path):
+    """Written before findings could be headlines and texts were kept."""
+    make_record().write(tmp_path)
+    content = json.loads((tmp_path / "record.json").read_text())
+    del content["results"]["fragments"], content["results"]["findings"][0]["headline"]
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    results = load_record(tmp_path).results
+    assert results.findings == [Finding("It errs next door.", "confusion", headline=False)]
+    assert results.fragments == []
 
 
 def test_running_is_running_only_while_its_process_lives():

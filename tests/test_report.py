@@ -159,6 +159,76 @@ def test_notebooks_of_the_project_are_expected(report, tmp_path):
     assert "02_difficulty not run" not in text
 
 
+def add_findings(report: Path, name: str, *findings: Finding) -> None:
+    record = write_run(report, name)
+    record.results.findings = list(findings)
+    record.write(report / name)
+
+
+def test_headlines_open_the_page_in_the_order_a_reader_asks(tmp_path):
+    report = tmp_path / "quick"
+    for name in (
+        "00_explore",
+        "01_convert",
+        "02_difficulty",
+        "03_train",
+        "04_confusion",
+        "06_pareto",
+        "07_collapse",
+        "12_tomoe",
+        "20_sweep",
+    ):
+        add_findings(report, name, Finding(f"Also of {name}.", "summary"), Finding(f"Headline of {name}.", "usage", headline=True))
+    text = build_report(report).read_text()
+    page = Page(text)
+    order = re.findall(r"Headline of (\d\d)", text)
+    assert order == ["01", "06", "04", "07", "02", "03", "20", "00", "12"]
+    assert text.count("Also of 06_pareto.") == 1  # in its section, not among the headlines
+    assert text.index("Headline of 12") < text.index('<section id="00_explore">') < text.index("Also of 00_explore.")
+    assert 'href="#06_pareto-usage"' in text
+    assert "06_pareto-usage" in page.ids
+    short = text[text.index("In short") : text.index("Notebooks")]
+    assert short.index("Headline of 00") < short.index("<summary>1 more</summary>") < short.index("Headline of 12")
+
+
+def test_without_headlines_the_findings_stand_in_their_sections(report):
+    text = build_report(report).read_text()
+    assert "No notebook has recorded a headline" in text
+    section = text[text.index('<section id="04_router_confusion">') :]
+    assert "It works. A caption." in section
+
+
+def test_many_findings_of_a_notebook_are_folded(tmp_path):
+    report = tmp_path / "quick"
+    add_findings(report, "04_a", *(Finding(f"Finding {number}.", "usage") for number in range(11)))
+    text = build_report(report).read_text()
+    assert text.index("Finding 7.") < text.index("<summary>3 more findings</summary>") < text.index("Finding 8.")
+
+
+def test_wide_figures_get_more_than_the_column(report):
+    wide = PNG[:16] + (1800).to_bytes(4, "big") + PNG[20:]
+    (report / "02_difficulty" / "usage.png").write_bytes(wide)
+    text = build_report(report).read_text()
+    assert '<figure id="02_difficulty-usage" class="wide">' in text
+    assert '<figure id="04_router_confusion-usage">' in text
+    assert re.search(r'<a href="02_difficulty/usage.svg"><img src="02_difficulty/usage.png"', text)  # a click opens the svg
+
+
+def test_a_text_is_shown_in_place_unless_it_was_changed(report):
+    folder = report / "02_difficulty"
+    (folder / "sentence.html").write_text('<span style="background:#9cf" title="63 %">Paris</span>\n')
+    record = write_run(report, "00_explore")
+    record.results.fragments = [Artifact("sentence", "A coloured text.", [StoredFile.of(folder / "sentence.html")])]
+    shutil.copy(folder / "sentence.html", report / "00_explore" / "sentence.html")
+    record.write(report / "00_explore")
+    text = build_report(report).read_text()
+    assert '<span style="background:#9cf" title="63 %">Paris</span>' in text
+    (report / "00_explore" / "sentence.html").write_text("<script>alert(1)</script>")
+    changed = build_report(report).read_text()
+    assert "alert(1)" not in changed
+    assert "Missing since the run: sentence.html." in changed
+
+
 def test_files_that_are_gone_are_told(report):
     (report / "02_difficulty" / "usage.png").unlink()
     (report / "02_difficulty" / "summary.csv").unlink()

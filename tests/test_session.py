@@ -119,6 +119,33 @@ def test_a_new_run_replaces_what_the_old_one_made(project, frame):
     assert sorted(path.name for path in again.folder.iterdir()) == ["kept.csv", "kept.png", "kept.svg", "notes.md", "record.json"]
 
 
+def test_a_headline_is_recorded_and_a_sentence_stands_once(project, frame):
+    run = start("a", profile="smoke")
+    run.table(frame, "shares", caption="c")
+    run.finding("Layer 2 has most.", source="shares")
+    run.finding("Layer 2  has most.", source="shares", headline=True)  # the cell again, with another mind
+    run.finding("Layer 0 has least.", source="shares")
+    found = [(finding.sentence, finding.headline) for finding in load_record(run.folder).results.findings]
+    assert found == [("Layer 2 has most.", True), ("Layer 0 has least.", False)]
+
+
+def test_a_text_is_kept_without_what_runs_or_loads(project):
+    run = start("a", profile="smoke")
+    bad = "<script>alert(1)</script><img src='http://example.org/a.png'><a href='javascript:alert(2)' onclick='x()'>b</a>"
+    run.html(f"<style>.t{{color:#222}}</style><span class='t' style='background: #9cf' title='63 %'>Paris</span>{bad}", "text", caption="c")
+    kept = (run.folder / "text.html").read_text()
+    assert ".t{color:#222}" in kept
+    assert "background: #9cf" in kept
+    assert 'title="63 %">Paris</span>' in kept
+    for gone in ("<script", "example.org", "javascript:", "onclick"):
+        assert gone not in kept
+    (run.folder / "notebook.html").write_text("<p>")
+    (run.folder / "older.html").write_text("<p>")
+    run.finish()
+    assert load_record(run.folder).results.fragments[0].files[0].name == "text.html"
+    assert sorted(path.name for path in run.folder.glob("*.html")) == ["notebook.html", "text.html"]
+
+
 def test_steps_are_recorded_and_shared(project):
     first = start("a", profile="smoke")
     value = first.step(doubled, 2)

@@ -18,9 +18,9 @@ import torch
 from conftest import make_converted
 
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.workbench import steps
+from dynamoe_lab.workbench import files, steps
 from dynamoe_lab.workbench.fingerprint import fingerprint
-from dynamoe_lab.workbench.steps import run_step
+from dynamoe_lab.workbench.steps import find_step, run_step
 
 CALLS: list[str] = []
 
@@ -104,6 +104,7 @@ def fills_the_disk(size: int) -> int:
 @pytest.fixture(autouse=True)
 def _fresh_calls():
     CALLS.clear()
+    files._digests.clear()
 
 
 # --- the cache ---------------------------------------------------------------------------------------------------------------------
@@ -121,6 +122,43 @@ def test_first_and_cached_results_are_equal(tmp_path):
     pd.testing.assert_frame_equal(first.value, table(8))  # dtypes and categories, also of numbers, came through parquet
     assert first.value.attrs == table(8).attrs
     assert run_step(table, (8, 2.0), home=tmp_path).key != first.key
+
+
+def test_a_step_can_be_looked_up_without_computing(tmp_path, monkeypatch):
+    assert find_step(table, (8,), home=tmp_path) is None
+    assert CALLS == []
+    assert not list(tmp_path.iterdir())
+    made = run_step(table, (8,), home=tmp_path)
+    found = find_step(table, (), {"rows": 8, "progress": False}, home=tmp_path)
+    assert (found.key, found.cached) == (made.key, True)
+    pd.testing.assert_frame_equal(found.value, made.value)
+    monkeypatch.setattr(steps.environment, "code_digest", lambda without=(): "other")
+    assert find_step(table, (8,), home=tmp_path).stale
+    monkeypatch.setenv(steps.RECOMPUTE_VARIABLE, "1")
+    assert find_step(table, (8,), home=tmp_path) is None
+    monkeypatch.delenv(steps.RECOMPUTE_VARIABLE)
+    (made.folder / "result.parquet").unlink()
+    assert find_step(table, (8,), home=tmp_path) is None
+    assert made.folder.is_dir()  # looking changes nothing
+
+
+def test_a_large_file_is_read_again_when_it_changed(tmp_path):
+    """Its digest is remembered by size, inode and times, but not while the clock could hide another write."""
+    path, hour = tmp_path / "weights", time.time() - 3600
+    path.write_bytes(b"a" * (3 << 20))
+    fresh = files.file_digest(path)
+    assert not files._digests
+    os.utime(path, (hour, hour))
+    time.sleep(files._SETTLED + 0.1)
+    assert files.file_digest(path) == fresh
+    assert len(files._digests) == 1
+    with path.open("r+b") as stream:
+        stream.write(b"b")
+    os.utime(path, (hour, hour))  # as if it had not been touched: the inode knows
+    changed = files.file_digest(path)
+    assert changed != fresh
+    (tmp_path / "copy").write_bytes(path.read_bytes())
+    assert files.file_digest(tmp_path / "copy") == changed
 
 
 def test_step_json_says_what_and_with_what(tmp_path):

@@ -27,7 +27,8 @@ def count_active_params(model: PreTrainedModel, routing: pd.DataFrame | None = N
 
     Returns:
         One row per layer and one, layer "all", for the model: run, layer, mlp_active (mean over tokens), mlp_total, active_mlp_fraction,
-        router (0 under a fixed expert, which asks no router), other (attention, norms, embeddings; tied embeddings once), active_params, total_params.
+        router (0 under a fixed expert, which asks no router), other (attention, norms, embeddings; tied embeddings once), active_params,
+        total_params.
 
     Raises:
         InputError: `routing` has other layers or experts than the model, or is needed and missing.

@@ -20,8 +20,8 @@ def trace_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_s
     """Run blocks [n, T] through a converted model with every token at full width (the dense function, while nothing is trained).
 
     Returns:
-        Table `similarity`, one row per token and layer: run, domain, document, position (in the block), token_id, layer, surprisal (-ln p of
-        the token itself, nats; NaN at position 0), next_surprisal (of the token that follows; NaN at the last position), similarity_0 to
+        Table `similarity`, one row per token and layer: run, domain, document, position (in the block), token_id, layer, surprisal (-ln p
+        of the token itself, nats; NaN at position 0), next_surprisal (of the token that follows; NaN at the last position), similarity_0 to
         similarity_{E-2} (cosine of that expert's output to the full output; the last expert's is 1).
 
     Raises:

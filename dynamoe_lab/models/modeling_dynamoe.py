@@ -6,7 +6,7 @@ not installed, since these files travel with it.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,22 @@ class DynaMoEMixin:
         DynaMoEConfig.from_dict(values)  # refuses a theta that cannot be
         self.moe.theta = float(theta)
         self.config.moe = {**self.config.moe, "theta": float(theta)}
+
+    def reconfigure(self, config: DynaMoEConfig) -> None:
+        """Take over the settings that shape no weight: theta, the loss weights, how training routes and how the LM loss reaches routers.
+
+        Raises ValueError if `config` differs in one that does (expert sizes, importance, router, label target): that needs a conversion.
+        """
+        free = ("theta", "lambda_lm", "lambda_router", "train_route", "router_gradient")
+        if other := [
+            item.name for item in fields(config) if item.name not in free and getattr(config, item.name) != getattr(self.moe, item.name)
+        ]:
+            raise ValueError(
+                f"reconfigure: {other[0]} = {getattr(config, other[0])!r} shapes the model's weights; convert the dense model again"
+            )
+        for name in free:
+            setattr(self.moe, name, getattr(config, name))  # in place: every layer holds this object
+        self.config.moe = {**self.config.moe, **self.moe.to_dict()}
 
     def labels_at(self, similarities: Iterable[Tensor], theta: float) -> tuple[Tensor, ...]:
         """Labels of every layer at another theta from the similarities of one forward: L x [N, E] -> L x [N]."""

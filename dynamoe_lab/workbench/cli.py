@@ -1,4 +1,6 @@
-"""The command line: `dynamoe-lab run`, `report`, `doctor`. Thin: every command is a call of a function of the workbench.
+"""The command line: `dynamoe-lab run`, `sweep`, `convert`, `train`, `ls`, `show`, `report`, `doctor`.
+
+Thin: every command is a call of a function of the workbench.
 
 Exit codes: 0 done, 1 a run failed, 2 bad input (one line on stderr, no traceback), 130 interrupted. Nothing heavy is imported before a
 command needs it, so `--help` answers at once.
@@ -99,6 +101,101 @@ def report(folder: Annotated[Path, typer.Argument(help="A report folder, e.g. re
     from dynamoe_lab.workbench.report import build_report
 
     typer.echo(f"report: {os.path.relpath(build_report(folder))}")
+
+
+@app.command()
+@_answering
+def sweep(
+    file: Annotated[str, typer.Argument(help="A sweep file, or the name of one in configs/sweeps, e.g. importance.")],
+    profile: Annotated[str | None, typer.Option(help="Instead of the profile that the file names.", show_default=False)] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="An experiment field, for every cell.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at a time.", show_default="what pairs of cores and memory allow")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="reports/sweeps/<name>")] = None,
+) -> int:
+    """Run every cell of a sweep that is not finished, and write one table. A cell that fails does not stop the others."""
+    from dynamoe_lab.assets import home
+    from dynamoe_lab.config import project_root
+    from dynamoe_lab.workbench.sweep import load_sweep, run_sweep
+    from dynamoe_lab.workbench.sweep_table import sweep_command, write_sweep
+
+    chosen, root = load_sweep(file), project_root()
+    folder = Path(os.path.abspath(output)) if output else root / "reports" / "sweeps" / chosen.name
+    result = run_sweep(chosen, profile=profile, overrides=parameter or (), jobs=jobs, home=home(), progress=typer.echo)
+    command = sweep_command(file, profile, parameter or (), output)
+    csv = os.path.relpath(write_sweep(result, folder, root=root, command=command))
+    typer.echo(f"table: {csv}")
+    if result.cells:
+        typer.echo(f"draw it: dynamoe-lab run 20 -p sweep={csv}")
+    for outcome in result.failed:
+        typer.echo(f"cell {outcome.number} failed: {outcome}", err=True)
+        if _debug and outcome.traceback:
+            typer.echo(outcome.traceback, err=True)
+    return int(bool(result.failed))
+
+
+_Profile = Annotated[str, typer.Option(help="A file of configs/ (quick, smoke), or a path to a YAML file.")]
+_Fields = Annotated[
+    list[str] | None, typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="An experiment field, e.g. dynamoe.theta=0.8.")
+]
+
+
+@app.command()
+@_answering
+def convert(
+    model: Annotated[str, typer.Argument(help="A dense model: smollm2-135m, a folder, or a Hub id.")],
+    output: Annotated[Path, typer.Option(help="A folder that is new or empty.")],
+    profile: _Profile = "quick",
+    parameter: _Fields = None,
+) -> None:
+    """Convert a dense model to nested experts with fresh routers: checkpoint and tokenizer in one folder."""
+    from dynamoe_lab.workbench.checkpoints import convert_to_folder
+
+    convert_to_folder(model, output, profile=profile, given=parameter or (), say=typer.echo)
+
+
+@app.command()
+@_answering
+def train(
+    model: Annotated[str, typer.Argument(help="A converted checkpoint, or a dense model, which is converted first.")],
+    output: Annotated[Path, typer.Option(help="Gets checkpoint/ and steps.csv; the same command goes on with a stopped run.")],
+    profile: _Profile = "quick",
+    parameter: _Fields = None,
+) -> int:
+    """Train routers and MLPs. Stopped or killed, the same command goes on from the last complete checkpoint."""
+    from dynamoe_lab.assets import home
+    from dynamoe_lab.training import TrainingDiverged
+    from dynamoe_lab.workbench.checkpoints import train_to_folder
+
+    try:
+        train_to_folder(model, output, profile=profile, given=parameter or (), home=home(), say=typer.echo)
+    except TrainingDiverged as error:
+        typer.echo(f"dynamoe-lab: training diverged: {error}", err=True)
+        return 1
+    return 0
+
+
+@app.command("ls")
+@_answering
+def list_(steps: Annotated[bool, typer.Option("--steps", help="The cached steps instead.")] = False) -> None:
+    """List the runs below reports/, or the cached steps."""
+    from dynamoe_lab.assets import home
+    from dynamoe_lab.config import project_root
+    from dynamoe_lab.workbench.inventory import list_runs, list_steps
+
+    root = project_root()
+    typer.echo(list_steps(home()) if steps else list_runs(root / "reports", root / "notebooks"))
+
+
+@app.command()
+@_answering
+def show(run: Annotated[str, typer.Argument(help="quick/04, or the path of a run's folder.")]) -> None:
+    """Show a run: how it ended, what it found, its numbers, files and steps."""
+    from dynamoe_lab.config import project_root
+    from dynamoe_lab.workbench.inventory import find_run, show_run
+
+    typer.echo(show_run(find_run(run, project_root() / "reports")))
 
 
 @app.command()

@@ -5,6 +5,7 @@ Nothing here names a user, a host or a folder. Versions are read from package me
 
 import os
 import platform
+import random
 import subprocess
 import sys
 from functools import cache
@@ -13,7 +14,18 @@ from pathlib import Path
 
 import xxhash
 
-__all__ = ["PACKAGES", "ROOMS_WITHOUT_RESULTS", "code_digest", "git_state", "package_root", "peak_memory", "platform_name", "versions"]
+__all__ = [
+    "PACKAGES",
+    "ROOMS_WITHOUT_RESULTS",
+    "code_digest",
+    "git_state",
+    "package_root",
+    "peak_memory",
+    "platform_name",
+    "seed_generators",
+    "usable_cores",
+    "versions",
+]
 
 PACKAGES = (
     "torch",
@@ -35,6 +47,7 @@ PACKAGES = (
 
 # Sources that draw, tell and book-keep: a change in them leaves the result of a step as it was. (analysis/statistics.py makes intervals.)
 ROOMS_WITHOUT_RESULTS = (
+    "analysis/findings",
     "analysis/findings.py",
     "analysis/plots",
     "analysis/style.py",
@@ -90,8 +103,26 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def platform_name() -> str:
     """Operating system, machine and usable cores, e.g. `Linux x86_64, 2 cores`; no host name."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return f"{platform.system()} {platform.machine()}, {cores} core{'s' if cores > 1 else ''}"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def seed_generators(seed: int, threads: int | None = None) -> None:
+    """Seeds of the global generators, and torch's threads unless None; torch and numpy are not imported for it."""
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed % 2**32)
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for a torch that comes later
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
+        if threads:
+            torch.set_num_threads(threads)
 
 
 def peak_memory() -> int | None:

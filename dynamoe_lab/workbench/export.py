@@ -7,7 +7,7 @@ from typing import Any
 
 from dynamoe_lab.workbench.files import without_paths
 
-__all__ = ["introduction", "notebook_html", "tidied"]
+__all__ = ["clean_html", "introduction", "notebook_html", "tidied"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHEET = re.compile(r"<style[^>]*>(.*?)</style\s*>", re.DOTALL | re.IGNORECASE)
@@ -66,11 +66,11 @@ def notebook_html(nb: Any, title: str) -> str:
         sanitize_html=True,
         exclude_anchor_links=True,
     )
-    exporter.register_filter("clean_html", _clean)  # nbconvert's own takes headings and paragraphs for unsafe
+    exporter.register_filter("clean_html", clean_html)  # nbconvert's own takes headings and paragraphs for unsafe
     return exporter.from_notebook_node(nb, resources={"metadata": {"name": title}})[0]
 
 
-def _clean(markup: Any) -> str:
+def clean_html(markup: Any) -> str:
     """Markup without scripts, frames, forms, handlers and addresses of images: what is not allowed shows as text.
 
     Style sheets (pandas and `render_tokens` write them) are kept unless they could load something; the page's policy forbids that anyway.

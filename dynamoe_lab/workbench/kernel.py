@@ -172,6 +172,11 @@ def _own_kernel_manager() -> type:
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(resource_dir="", **get_kernel_dict())
 
+        async def _async_interrupt_kernel(self) -> None:
+            """A shutdown interrupts the kernel first; one that still says good-bye to its last message would print an ERROR for it."""
+            if not self.shutting_down:
+                await super()._async_interrupt_kernel()
+
     return OwnKernelManager
 
 

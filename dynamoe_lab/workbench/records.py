@@ -102,7 +102,7 @@ class StoredFile:
 
 @dataclass
 class Artifact:
-    """A figure or a table."""
+    """A figure, a table or a text."""
 
     stem: str
     caption: str
@@ -115,6 +115,7 @@ class Finding:
 
     sentence: str
     source: str  # stem
+    headline: bool = False  # one of the few that open the report
 
 
 @dataclass
@@ -135,6 +136,7 @@ class Results:
     scalars: list[Scalar] = field(default_factory=list)
     figures: list[Artifact] = field(default_factory=list)
     tables: list[Artifact] = field(default_factory=list)
+    fragments: list[Artifact] = field(default_factory=list)  # sanitized HTML: texts with coloured tokens
     findings: list[Finding] = field(default_factory=list)
     steps: list[StepUse] = field(default_factory=list)
     notebook: list[StoredFile] = field(default_factory=list)  # notebook.ipynb, notebook.html
@@ -168,8 +170,8 @@ class Record:
 
     @property
     def artifacts(self) -> list[Artifact]:
-        """Figures and tables."""
-        return [*self.results.figures, *self.results.tables]
+        """Figures, tables and texts."""
+        return [*self.results.figures, *self.results.tables, *self.results.fragments]
 
     def write(self, folder: Path) -> None:
         """Write `record.json` into `folder`, atomically."""

@@ -1,7 +1,8 @@
 """`build_report`: one page from the records of a report folder; a pure function of them, so the same records give the same bytes.
 
-It reads `record.json` and the csv of tables, and computes nothing: no torch, no pandas, no clock. Findings come first, each linked to the
-figure it was computed from; then a section a notebook with its question, figures, tables, numbers and steps; then what it all ran on.
+It reads `record.json`, the csv of tables and the sanitized texts, and computes nothing: no torch, no pandas, no clock. The headline
+findings come first, in the order in which a reader asks, each linked to the figure it was computed from; then a section a notebook with its
+question, other findings, figures, tables, numbers and steps; then what it all ran on.
 """
 
 import csv
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.workbench.files import write_atomic
-from dynamoe_lab.workbench.records import Artifact, Record, effective_status, load_records
+from dynamoe_lab.workbench.files import sha256, write_atomic
+from dynamoe_lab.workbench.records import Artifact, Finding, Record, StoredFile, effective_status, load_records
 
-__all__ = ["build_report"]
+__all__ = ["build_report", "duration", "memory", "number_text"]
 
 RANDOM_MODEL = "smollm2-pico"  # of the smoke profile
 TABLE_ROWS = 40  # more than a page shows no one reads; the csv has them all
+FINDINGS = 8  # more in one list drown the reader: the rest is folded
+READING_ORDER = ("01", "06", "04", "07", "02", "03", "05", "20")  # of the headlines: what it is, what it costs, where it errs, what else
+WIDE = 1_400  # pixels of a figure that is given more than the column of text
 STATUS_WORDS = {"ok": "done", "failed": "failed", "interrupted": "interrupted", "running": "running", "stale": "stale"}
 
 
@@ -41,6 +45,12 @@ class _Item:
     width: int = 0
     height: int = 0
     table: _Table | None = None
+    html: str = ""  # sanitized when it was written
+
+    @property
+    def wide(self) -> bool:
+        return self.width >= WIDE
+
     missing: list[str] = field(default_factory=list)
 
 
@@ -52,6 +62,8 @@ class _Section:
     status: str
     figures: list[_Item]
     tables: list[_Item]
+    texts: list[_Item]
+    findings: list[Finding]  # those that do not open the page
     page: str  # the executed notebook, if it is there
 
 
@@ -77,14 +89,15 @@ def build_report(folder: str | Path, *, expected: Sequence[str] | None = None) -
     made = {section.name for section in sections}
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    pages.filters |= {"number": _number_text, "duration": _duration, "memory": _memory}
+    pages.filters |= {"number": number_text, "duration": duration, "memory": memory}
     html = pages.get_template("index.html.j2").render(
         profiles=profiles,
         facts=_facts(sections),
         random_model=any(section.record.run.config.get("model") == RANDOM_MODEL for section in sections),
         sections=sections,
         words=STATUS_WORDS,
-        findings=[(section, finding) for section in sections for finding in section.record.results.findings],
+        headlines=_headlines(sections),
+        most=FINDINGS,
         troubled=[section for section in sections if section.status not in ("ok", "running")],
         missing=[(name, f"dynamoe-lab run {name} --profile {profiles[0]}") for name in names if name not in made],
         environment=_environment(sections),
@@ -115,13 +128,15 @@ def _section(record: Record, folder: Path) -> _Section:
         status=effective_status(record),
         figures=[_item(artifact, folder, name) for artifact in record.results.figures],
         tables=[_item(artifact, folder, name) for artifact in record.results.tables],
+        texts=[_item(artifact, folder, name) for artifact in record.results.fragments],
+        findings=[finding for finding in record.results.findings if not finding.headline],
         page=page,
     )
 
 
 def _item(artifact: Artifact, folder: Path, name: str) -> _Item:
     files = {Path(entry.name).suffix: entry.name for entry in artifact.files}
-    missing = [entry.name for entry in artifact.files if not (folder / name / entry.name).is_file()]
+    missing = [entry.name for entry in artifact.files if not _is_there(entry, folder / name)]
     present = {suffix: f"{name}/{file}" for suffix, file in files.items() if file not in missing}
     item = _Item(
         artifact.stem, artifact.caption, present.get(".csv", ""), present.get(".png", ""), present.get(".svg", ""), missing=missing
@@ -130,7 +145,15 @@ def _item(artifact: Artifact, folder: Path, name: str) -> _Item:
         item.width, item.height = _png_size(folder / item.image)
     elif item.csv:
         item.table = _table(folder / item.csv)
+    elif ".html" in present:
+        item.html = (folder / present[".html"]).read_text(encoding="utf-8")
     return item
+
+
+def _is_there(entry: StoredFile, folder: Path) -> bool:
+    """Whether a file is there; one that becomes part of the page has to be the very one that was written."""
+    path = folder / entry.name
+    return path.is_file() and (path.suffix != ".html" or sha256(path) == entry.sha256)
 
 
 def _png_size(path: Path) -> tuple[int, int]:
@@ -156,6 +179,13 @@ def _cell(text: str) -> tuple[str, bool]:
     except ValueError:
         return text, False
     return (text if text.lstrip("-").isdigit() or number != number else f"{number:.5g}"), True
+
+
+def _headlines(sections: list[_Section]) -> list[tuple[_Section, Finding]]:
+    """The findings that open the page, with their sections; notebooks that a reader asks for first come first."""
+    rank = {number: place for place, number in enumerate(READING_ORDER)}
+    ordered = sorted(sections, key=lambda section: rank.get(section.name[:2], len(rank)))  # stable: the others keep their order
+    return [(section, finding) for section in ordered for finding in section.record.results.findings if finding.headline]
 
 
 # --- the page as a whole -----------------------------------------------------------------------------------------------------------
@@ -197,7 +227,7 @@ def _at(config: Any, path: Sequence[str]) -> Any:
 def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_plain(item) for item in value)
-    return "" if value is None else _number_text(value) if isinstance(value, (int, float)) else str(value)
+    return "" if value is None else number_text(value) if isinstance(value, (int, float)) else str(value)
 
 
 def _environment(sections: list[_Section]) -> list[tuple[str, str]]:
@@ -220,7 +250,7 @@ def _environment(sections: list[_Section]) -> list[tuple[str, str]]:
     return [(name, " | ".join(values)) for name, values in rows.items() if values]
 
 
-def _number_text(value: Any) -> str:
+def number_text(value: Any) -> str:
     """1234567 -> 1,234,567; 0.123456 -> 0.1235."""
     if value is None:
         return ""
@@ -231,7 +261,8 @@ def _number_text(value: Any) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """4.2 s, 75 s, 12 min, 2.5 h."""
     if seconds is None:
         return ""
     if seconds < 10:
@@ -241,5 +272,8 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _memory(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
+def memory(size: int | None) -> str:
+    """Bytes as 640 KB, 12 MB, 1.5 GB."""
+    if size is None:
+        return ""
+    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB" if size >= 2**20 else f"{size / 2**10:.0f} KB"

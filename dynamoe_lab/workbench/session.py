@@ -10,18 +10,18 @@ The record is written after every call, so a run that dies shows what it had; wi
 
 import os
 import platform
-import random
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
+from dynamoe_lab.workbench.drawn import figure_files, frame_csv
 from dynamoe_lab.workbench.files import told_when_full, without_paths, write_atomic
 from dynamoe_lab.workbench.records import (
     Artifact,
@@ -42,12 +42,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from dynamoe_lab.config import Experiment
+    from dynamoe_lab.workbench.sweep import SweepResult
 
 __all__ = ["Run", "run_command", "start"]
 
-CSV_LIMIT = 1_000_000  # bytes; a figure's frame is what it draws, not what it was computed from
 RUNNER_VARIABLE = "DYNAMOE_LAB_NOTEBOOK"  # set for the kernel by the notebook runner: the notebook that is running
-_SVG = {"svg.fonttype": "none", "svg.hashsalt": "dynamoe-lab"}  # text stays text; the same figure gives the same bytes
 
 
 def start(name: str, profile: str = "quick", overrides: Iterable[str] = (), output: str | Path | None = None) -> "Run":
@@ -73,7 +72,8 @@ def start(name: str, profile: str = "quick", overrides: Iterable[str] = (), outp
     experiment = load_experiment(profile, overrides)
     root = project_root()
     report = root / (output or Path("reports") / experiment.profile)
-    return Run(name, experiment, report / name, root, command=run_command(name, profile, overrides, report, root), overrides=overrides)
+    command = run_command(name, profile, overrides, report, root)
+    return Run(name, experiment, report / name, root, command=command, overrides=overrides, profile=profile)
 
 
 def run_command(name: str, profile: str, given: Iterable[str], report: Path, root: Path) -> str:
@@ -98,9 +98,11 @@ class Run:
         *,
         command: str,
         overrides: list[str],
+        profile: str,
     ):
         self.name, self.experiment, self.folder = name, experiment, folder
         self._root, self._clock = root, time.perf_counter()
+        self._profile, self._overrides = profile, overrides  # as they were given: a sweep's cells start from them
         self._seed()
         pid, process_started = process_identity()
         info = RunInfo(
@@ -139,6 +141,65 @@ class Run:
         self._write()
         return done.value
 
+    def sweep(
+        self,
+        axes: Mapping[str, Sequence] | None = None,
+        *,
+        cells: Sequence[Mapping[str, Any]] | None = None,
+        file: str | Path | None = None,
+        modes: Sequence[str | int] | None = None,
+        overrides: Iterable[str] = (),
+        jobs: int | None = None,
+    ) -> "SweepResult":
+        """Run variants of this run's experiment as a sweep (see `sweep.run_sweep`): what is finished is read, the rest shares the cores.
+
+        Args:
+            axes: field -> values, e.g. `{"dynamoe.theta": [0.8, 0.9]}`: a grid. A value here goes before one that the run was given.
+            cells: single cells, beside the grid or instead of it.
+            file: a sweep file or its name instead of both; its profile does not count, the run has one.
+            modes: who chooses the experts on the held-out text: "router" (the default), "label", "full", "random", an expert's index.
+            overrides: experiment fields for every cell.
+            jobs: cells at a time; None: as many as pairs of cores and memory allow.
+
+        Returns:
+            The result: `.table` (table `sweep`) and `.cells`, each with its `settings`, traces and losses.
+
+        Raises:
+            InputError: before anything runs, for what `Sweep.resolve` refuses.
+            SweepFailed: at the end, naming every cell that failed; what the others computed is kept.
+        """
+        from dynamoe_lab.assets import home
+        from dynamoe_lab.workbench.sweep import Sweep, SweepFailed, load_sweep, run_plans
+
+        if file is not None:
+            if axes is not None or cells is not None:
+                raise InputError("run.sweep: give axes and cells, or a file, not both")
+            sweep = load_sweep(file)
+            sweep.modes = list(modes or sweep.modes)
+        else:
+            sweep = Sweep(name=self.name, axes=dict(axes or {}), cells=list(cells or []), modes=list(modes or ["router"]))
+        result = run_plans(sweep, sweep.resolve(self._profile, [*self._overrides, *overrides]), jobs=jobs, home=home())
+        self._seed()
+        uses = {}
+        for use in (use for outcome in result.outcomes for use in outcome.steps):
+            if use.key not in uses or not use.cached:  # cells share steps: one of them computed it
+                uses[use.key] = use
+        self.record.results.steps += uses.values()
+        self._write()
+        if result.failed:
+            raise SweepFailed(f"{len(result.failed)} of {len(result.outcomes)} cells failed: {'; '.join(map(str, result.failed))}")
+        return result
+
+    def html(self, fragment: str, stem: str, *, caption: str) -> None:
+        """Write a fragment of HTML, e.g. of `render_tokens`, as `<stem>.html`, sanitized; the report shows it in place.
+
+        Raises `InputError` as `figure` does.
+        """
+        from dynamoe_lab.workbench.export import clean_html
+
+        self._check(stem, caption)
+        self._store(self.record.results.fragments, stem, caption, {f"{stem}.html": (clean_html(fragment) + "\n").encode("utf-8")})
+
     def figure(self, ax: Any, stem: str, *, data: "pd.DataFrame", caption: str) -> None:
         """Write a figure as `<stem>.png` (150 dpi), `<stem>.svg` and the frame it draws as `<stem>.csv`.
 
@@ -151,24 +212,14 @@ class Run:
         Raises:
             InputError: a stem used twice or no file name; data too large (aggregate it); no caption.
         """
-        import io
-
-        import matplotlib
-
         self._check(stem, caption)
-        figure = _figure_of(ax)
-        contents = {f"{stem}.csv": _csv(data, stem)}
-        with matplotlib.rc_context(_SVG):
-            for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=metadata)
-                contents[f"{stem}.{kind}"] = buffer.getvalue()
-        self._store(self.record.results.figures, stem, caption, {name: contents[name] for name in sorted(contents)})
+        contents = {f"{stem}.csv": frame_csv(data, stem), **figure_files(ax, stem)}
+        self._store(self.record.results.figures, stem, caption, contents)
 
     def table(self, frame: "pd.DataFrame", stem: str, *, caption: str) -> None:
         """Write a frame as `<stem>.csv` (<= 1 MB); the report shows it as a table. Raises `InputError` as `figure` does."""
         self._check(stem, caption)
-        self._store(self.record.results.tables, stem, caption, {f"{stem}.csv": _csv(frame, stem)})
+        self._store(self.record.results.tables, stem, caption, {f"{stem}.csv": frame_csv(frame, stem)})
 
     def result(
         self, name: str, value: float, *, n: int | None = None, low: float | None = None, high: float | None = None, unit: str = ""
@@ -188,14 +239,16 @@ class Run:
         scalars.append(Scalar(name=name, unit=unit, **numbers))
         self._write()
 
-    def finding(self, sentence: str, *, source: str) -> None:
-        """Record a sentence; `source` is the stem of the figure or table whose frame it was computed from."""
+    def finding(self, sentence: str, *, source: str, headline: bool = False) -> None:
+        """Record a sentence; `source` is the stem of the figure or table whose frame it was computed from.
+
+        A `headline` is one of the few sentences that open the report.
+        """
         known = [artifact.stem for artifact in self.record.artifacts]
         if source not in known:
             raise InputError(f"finding: no figure or table {source!r} in this run yet; there is {', '.join(known) or 'none'}")
-        finding = Finding(" ".join(str(sentence).split()), source)
-        if finding not in self.record.results.findings:
-            self.record.results.findings.append(finding)
+        finding, findings = Finding(" ".join(str(sentence).split()), source, headline), self.record.results.findings
+        findings[:] = [known for known in findings if (known.sentence, known.source) != (finding.sentence, source)] + [finding]
         self._write()
 
     def finish(self) -> None:
@@ -207,14 +260,20 @@ class Run:
             raise InputError(f"{self.name}: {', '.join(missing)} is gone or was changed since it was written; run the notebook again")
         kept = {entry.name for artifact in self.record.artifacts for entry in artifact.files}
         for path in self.folder.iterdir():
-            if path.suffix in (".png", ".svg", ".csv") and path.name not in kept:
+            if path.suffix in (".png", ".svg", ".csv", ".html") and path.name not in kept and path.name != "notebook.html":
                 path.unlink()
         run, results = self.record.run, self.record.results
         run.status, run.finished = "ok", now()
         run.seconds = round(time.perf_counter() - self._clock, 3)
         self.record.env = self._environment(self.record.env.fingerprints)  # torch may have come since the start
         self._write()
-        counts = {"figure": results.figures, "table": results.tables, "result": results.scalars, "finding": results.findings}
+        counts = {
+            "figure": results.figures,
+            "table": results.tables,
+            "text": results.fragments,
+            "result": results.scalars,
+            "finding": results.findings,
+        }
         parts = [f"{len(found)} {kind}{'s' if len(found) > 1 else ''}" for kind, found in counts.items() if found]
         print(without_paths(f"{self.name}  ok  {', '.join(parts) or 'nothing recorded'}  in {self.folder}", self._root), flush=True)
 
@@ -237,7 +296,7 @@ class Run:
         with told_when_full(self.folder, "free some, or choose another output"):
             for name, content in contents.items():
                 write_atomic(self.folder / name, content)
-            for other in (self.record.results.figures, self.record.results.tables):
+            for other in (self.record.results.figures, self.record.results.tables, self.record.results.fragments):
                 other[:] = [artifact for artifact in other if artifact.stem != stem]
             shelf.append(Artifact(stem, " ".join(caption.split()), [StoredFile.of(self.folder / name) for name in contents]))
             self._write()
@@ -247,17 +306,7 @@ class Run:
         self.record.write(self.folder)
 
     def _seed(self) -> None:
-        """Seeds of the global generators, and torch's threads; torch itself is not imported for it."""
-        seed, threads = self.experiment.seed, self.experiment.threads
-        random.seed(seed)
-        if numpy := sys.modules.get("numpy"):
-            numpy.random.seed(seed % 2**32)
-        if threads:
-            os.environ["OMP_NUM_THREADS"] = str(threads)  # for a torch that comes later
-        if torch := sys.modules.get("torch"):
-            torch.manual_seed(seed)
-            if threads:
-                torch.set_num_threads(threads)
+        environment.seed_generators(self.experiment.seed, self.experiment.threads)
 
     def _environment(self, fingerprints: dict[str, str] | None = None) -> Environment:
         experiment = self.experiment
@@ -283,31 +332,3 @@ class Run:
 def _interactive() -> bool:
     ipython = sys.modules.get("IPython")
     return ipython is not None and ipython.get_ipython() is not None
-
-
-def _figure_of(ax: Any) -> Any:
-    """The Figure of Axes, an array or list of Axes, a seaborn grid, or itself."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    if isinstance(ax, (np.ndarray, list, tuple)) and len(ax):
-        return _figure_of(ax[0])
-    figure = ax
-    for _ in range(3):  # Axes of a subfigure stand two levels deep
-        if isinstance(figure, Figure):
-            return figure
-        figure = getattr(figure, "figure", None)
-    raise InputError(f"figure: {type(ax).__name__} is neither Axes nor Figure")
-
-
-def _csv(frame: "pd.DataFrame", stem: str) -> bytes:
-    import pandas as pd
-
-    if not isinstance(frame, pd.DataFrame) or frame.empty:
-        raise InputError(f"{stem}: give the frame that is shown, with at least one row")
-    if not isinstance(frame.index, pd.RangeIndex):
-        frame = frame.reset_index() if any(name is not None for name in frame.index.names) else frame
-    content = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode("utf-8")
-    if len(content) > CSV_LIMIT:
-        raise InputError(f"{stem}.csv would take {len(content) / 1e6:.1f} MB (limit 1 MB): aggregate the frame to what the figure draws")
-    return content

@@ -25,7 +25,7 @@ from dynamoe_lab.workbench.files import file_digest, locked, read_json, told_whe
 from dynamoe_lab.workbench.fingerprint import describe, fingerprint, is_module
 from dynamoe_lab.workbench.results import read_result, write_result
 
-__all__ = ["STEP_FORMAT", "StepResult", "run_step", "takes_output_dir"]
+__all__ = ["STEP_FORMAT", "StepResult", "find_step", "run_step", "takes_output_dir"]
 
 RECOMPUTE_VARIABLE = "DYNAMOE_LAB_RECOMPUTE"  # set by `run --recompute` for the kernel: stale steps are computed again
 STEP_FORMAT = 1  # part of every key: raise it when results of an older format can no longer be read
@@ -45,6 +45,17 @@ class StepResult(NamedTuple):
 
 class _Corrupt(Exception):
     """A published step whose files are not what step.json says."""
+
+
+class _Call(NamedTuple):
+    """A function with its arguments, named."""
+
+    function: Callable
+    name: str  # with its module
+    arguments: dict[str, Any]
+    inputs: dict[str, str]
+    key: str
+    label: str  # <function>-<first 16 digits of the key>: names the step's folders and its lock
 
 
 def takes_output_dir(function: Callable) -> bool:
@@ -67,30 +78,38 @@ def run_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any] 
         InputError: the disk is full; `output_dir` is given; the function has no importable name.
         TypeError: an argument without a fingerprint, or a result that cannot be kept.
     """
-    name = f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__qualname__") else ""
-    if not name or "<" in name or not inspect.isfunction(function):
-        raise InputError(f"run.step: {function!r} has no importable name; give a plain function of a module")
-    if "output_dir" in (kwargs or {}):
-        raise InputError(f"run.step({function.__name__}): leave output_dir out; the step chooses it and returns (value, folder)")
-    arguments = _arguments(function, args, kwargs or {})
-    inputs = _input_marks(function, arguments)
-    key = fingerprint({"format": STEP_FORMAT, "function": name, "inputs": inputs})
-    label = f"{function.__name__}-{key[:16]}"
-    folder, scratch = home / "steps" / label, home / "scratch" / label
+    call = _named(function, args, kwargs or {})
+    folder, scratch = home / "steps" / call.label, home / "scratch" / call.label
     code = environment.code_digest(environment.ROOMS_WITHOUT_RESULTS)
-    with told_when_full(home, f"free some, or set DYNAMOE_LAB_HOME to another disk; what {label} wrote so far is kept in scratch"):
+    with told_when_full(home, f"free some, or set DYNAMOE_LAB_HOME to another disk; what {call.label} wrote so far is kept in scratch"):
         step, cached = None, True
         with contextlib.suppress(_Corrupt):
-            step = _published(folder, key)
+            step = _published(folder, call.key)
         if step is None or _unwanted(step, code):
-            with locked(home / "locks" / f"{label}.lock", waits_for=f"step {label}"):
-                step = _published_or_set_aside(folder, key)  # the process we waited for may have made it
+            with locked(home / "locks" / f"{call.label}.lock", waits_for=f"step {call.label}"):
+                step = _published_or_set_aside(folder, call.key)  # the process we waited for may have made it
                 if step is None or _unwanted(step, code):
-                    step, cached = _compute(function, name, arguments, inputs, key, scratch, folder), False
-        value = read_result(folder, step["result"], device=_device(arguments))
-    if takes_output_dir(function):
+                    step, cached = _compute(call, scratch, folder), False
+        return _handed_out(call, folder, step, cached, code)
+
+
+def find_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any] | None = None, *, home: Path) -> StepResult | None:
+    """What `run_step` would hand out without computing anything; None where it would have to compute. Raises as `run_step` does."""
+    call = _named(function, args, kwargs or {})
+    folder = home / "steps" / call.label
+    code = environment.code_digest(environment.ROOMS_WITHOUT_RESULTS)
+    try:
+        step = _published(folder, call.key)
+    except _Corrupt:
+        return None
+    return None if step is None or _unwanted(step, code) else _handed_out(call, folder, step, True, code)
+
+
+def _handed_out(call: _Call, folder: Path, step: dict[str, Any], cached: bool, code: str) -> StepResult:
+    value = read_result(folder, step["result"], device=_device(call.arguments))
+    if takes_output_dir(call.function):
         value = (value, folder / "output")
-    return StepResult(value, folder, key, cached, step["code"] != code, step["seconds"], inputs)
+    return StepResult(value, folder, call.key, cached, step["code"] != code, step["seconds"], call.inputs)
 
 
 def _unwanted(step: dict[str, Any], code: str) -> bool:
@@ -99,6 +118,18 @@ def _unwanted(step: dict[str, Any], code: str) -> bool:
 
 
 # --- the key -----------------------------------------------------------------------------------------------------------------------
+
+
+def _named(function: Callable, args: Sequence, kwargs: Mapping[str, Any]) -> _Call:
+    name = f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__qualname__") else ""
+    if not name or "<" in name or not inspect.isfunction(function):
+        raise InputError(f"run.step: {function!r} has no importable name; give a plain function of a module")
+    if "output_dir" in kwargs:
+        raise InputError(f"run.step({function.__name__}): leave output_dir out; the step chooses it and returns (value, folder)")
+    arguments = _arguments(function, args, kwargs)
+    inputs = _input_marks(function, arguments)
+    key = fingerprint({"format": STEP_FORMAT, "function": name, "inputs": inputs})
+    return _Call(function, name, arguments, inputs, key, f"{function.__name__}-{key[:16]}")
 
 
 def _arguments(function: Callable, args: Sequence, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,9 +201,8 @@ def _published_or_set_aside(folder: Path, key: str) -> dict[str, Any] | None:
 # --- computing ---------------------------------------------------------------------------------------------------------------------
 
 
-def _compute(
-    function: Callable, name: str, arguments: dict[str, Any], inputs: dict[str, str], key: str, scratch: Path, folder: Path
-) -> dict[str, Any]:
+def _compute(call: _Call, scratch: Path, folder: Path) -> dict[str, Any]:
+    function, arguments, inputs = call.function, call.arguments, call.inputs
     output = _clean_scratch(scratch, keep_output=takes_output_dir(function))
     started, clock = datetime.now(UTC), time.perf_counter()
     values = dict(arguments)
@@ -186,8 +216,8 @@ def _compute(
             _warn_of_changes(function, arguments, inputs)
         step = {
             "format": STEP_FORMAT,
-            "function": name,
-            "key": key,
+            "function": call.name,
+            "key": call.key,
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),
             "peak_memory_bytes": environment.peak_memory(),

@@ -102,9 +102,8 @@ def static_finding(comparison: pd.DataFrame) -> str:
         if not same and ((said == "below" and own > static) or (said == "above" and own < static)):
             meaning = f"but with {'more' if own > static else 'fewer'} active parameters"
         texts.append(
-            f"θ = {theta:g} after {tokens_text(budget)} of training, {percent(part['active_mlp_fraction'].mean())} of the MLP neurons against a static "
-            f"{percent(cut)} "
-            f"({compute}): perplexity {said} the static cut's, ratio {ratio:.3f} ({spread}), {meaning}"
+            f"θ = {theta:g} after {tokens_text(budget)} of training, {percent(part['active_mlp_fraction'].mean())} of the MLP neurons "
+            f"against a static {percent(cut)} ({compute}): perplexity {said} the static cut's, ratio {ratio:.3f} ({spread}), {meaning}"
         )
     sample = f"n = {int(rows['n'].min())} documents, {tokens_text(rows['tokens'].min())}"
     return f"Routing beside a static cut trained alike, paired by document ({sample}): {'; '.join(texts)}."

@@ -127,8 +127,9 @@ def static_comparison(
         confidence, resamples: of the document bootstrap.
 
     Returns:
-        One row: theta, seed, train_tokens, active_params, static_params, active_mlp_fraction (router), static_fraction, perplexity (router), static_perplexity, ratio
-        (router's over the static cut's, paired by document; below 1 the router is better), low, high, n (documents), tokens, confidence.
+        One row: theta, seed, train_tokens, active_params, static_params, active_mlp_fraction (router), static_fraction, perplexity
+        (router), static_perplexity, ratio (router's over the static cut's, paired by document; below 1 the router is better), low, high, n
+        (documents), tokens, confidence.
     """
     for losses in (router_losses, static_losses):
         require(losses, ("document", "nll", "tokens", "positions", "active_mlp_fraction"), "static_comparison")

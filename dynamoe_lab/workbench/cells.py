@@ -1,0 +1,172 @@
+"""One experiment from dense model to traced routing, through the step cache: what a sweep does for every cell of its grid.
+
+It calls the library exactly as the notebooks do, so that the steps are theirs, too: a model that a notebook trained is not trained again.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamoe_lab.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dynamoe_lab.config import Experiment
+    from dynamoe_lab.data import Blocks
+
+__all__ = ["Cell", "Inputs", "check_modes", "run_cell"]
+
+Mode = str | int
+MODES = ("router", "label", "full", "random")  # and the index of an expert
+
+
+@dataclass
+class Cell:
+    """What one experiment gave; a mode is who chose the experts on the held-out text."""
+
+    experiment: "Experiment"
+    steps: "pd.DataFrame | None"  # table `steps` of training; None: not trained
+    traces: "dict[Mode, pd.DataFrame]"  # mode -> table `routing`; a fixed width has none, it routes nothing
+    losses: "dict[Mode, pd.DataFrame]"  # mode -> one row a document: document, nll, tokens, positions, active_mlp_fraction
+    reference: "pd.DataFrame"  # `document_losses` of the dense model
+    active: "dict[Mode, pd.Series]"  # mode -> the whole model's row of `count_active_params`
+    checkpoint: Path | None  # folder of the trained model
+    train_tokens: int  # 0: not trained
+    settings: dict[str, Any] = field(default_factory=dict)  # the fields that a sweep set, by dotted name
+
+
+class Inputs:
+    """Loads models and blocks for cells and keeps the last model with its blocks: the cells of a sweep mostly share them."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what is kept, to free its memory."""
+        self._model_key: tuple | None = None
+        self._model: Any = None
+        self._converted: Any = None
+        self._blocks: dict[tuple, Blocks] = {}
+
+    def model(self, experiment: "Experiment") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """The dense model and its tokenizer; the same objects for the same model, to be left unchanged."""
+        from dynamoe_lab.loading import load_model
+
+        key = (experiment.model, experiment.dtype, experiment.device, experiment.trust_remote_code)
+        if key != self._model_key:
+            self.clear()
+            name, dtype, device, trust = key
+            self._model = load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
+            self._model_key = key
+        return self._model
+
+    def blocks(self, experiment: "Experiment", split: str) -> "Blocks":
+        """The blocks of a split: "train", "calibration" or "heldout"."""
+        from dynamoe_lab.data import load_blocks
+
+        _, tokenizer = self.model(experiment)
+        data = experiment.data
+        text, tokens = getattr(data, split), getattr(data, f"{split}_tokens")
+        key = (text, data.context, tokens, split, experiment.seed)
+        if key not in self._blocks:
+            self._blocks[key] = load_blocks(text, tokenizer, context=data.context, tokens=tokens, split=split, seed=experiment.seed)
+        return self._blocks[key]
+
+    def converted(self, experiment: "Experiment", statistics: "pd.DataFrame") -> "PreTrainedModel":
+        """The converted model, routed by its routers; cells that differ in settings that shape no weight share one conversion."""
+        from dynamoe_lab.conversion import convert
+
+        dense, _ = self.model(experiment)
+        key, model = self._converted if self._converted else (None, None)
+        if key is not None and key.equals(statistics):
+            with contextlib.suppress(ValueError):  # other weights: converted below
+                model.reconfigure(experiment.dynamoe)
+                model.set_routing("router")
+                return model
+        self._converted = None  # frees its memory before the next one needs it
+        model = convert(dense, experiment.dynamoe, statistics=statistics)
+        self._converted = (statistics, model)
+        return model
+
+
+def check_modes(modes: Sequence[Mode], experts: int, where: str) -> None:
+    """Raise `InputError` unless every mode is one of router, label, full, random or an expert's index below `experts`."""
+    if not modes:
+        raise InputError(f"{where}: no modes; give e.g. [router]")
+    for mode in modes:
+        fits = mode in MODES if isinstance(mode, str) else isinstance(mode, int) and not isinstance(mode, bool) and 0 <= mode < experts
+        if not fits:
+            raise InputError(f"{where}: mode {mode!r}: give {', '.join(MODES)}, or an expert's index from 0 to {experts - 1}")
+
+
+def run_cell(
+    experiment: "Experiment", *, modes: Sequence[Mode] = ("router",), step: Callable[..., Any], inputs: Inputs | None = None
+) -> Cell:
+    """Convert, train and measure one experiment.
+
+    Args:
+        experiment: `train.steps = 0` leaves the model as it was converted. With `dynamoe.train_route` an expert's index (a fixed width for
+            every token: the static control) mode "router" is that index, for its routers were never followed.
+        modes: routings that are measured on the held-out text: "router", "label", "full", an expert's index, or "random", drawn with the
+            router's own shares in every layer from `experiment.seed`.
+        step: calls a function through the step cache, as `Run.step` does.
+        inputs: where models and blocks come from; cells that are given the same one share them.
+
+    Raises:
+        InputError: a mode that this experiment does not have, and whatever the steps refuse.
+    """
+    from dynamoe_lab.analysis import expert_usage, routed_losses
+    from dynamoe_lab.conversion import calibrate
+    from dynamoe_lab.evaluation import count_active_params, document_losses, trace_routing
+    from dynamoe_lab.loading import load_model
+    from dynamoe_lab.training import train
+
+    method = experiment.dynamoe
+    check_modes(modes, method.num_experts, "run_cell")
+    inputs = Inputs() if inputs is None else inputs
+    dense, tokenizer = inputs.model(experiment)
+    statistics = step(calibrate, dense, inputs.blocks(experiment, "calibration"))
+    model = inputs.converted(experiment, statistics)
+    steps, checkpoint = None, None
+    if experiment.train.steps:
+        steps, folder = step(train, model, inputs.blocks(experiment, "train"), experiment.train, tokenizer=tokenizer)
+        checkpoint = folder / "checkpoint"
+        model, _ = load_model(checkpoint, dtype=experiment.dtype, device=experiment.device)
+    heldout = inputs.blocks(experiment, "heldout")
+    measured = {"batch_size": experiment.evaluate.batch_size}
+    reference = step(document_losses, dense, heldout, **measured)
+    traces, losses, active = {}, {}, {}
+    for mode in modes:
+        width = method.train_route if mode == "router" and isinstance(method.train_route, int) else mode
+        options = {}
+        if mode == "random":
+            if "router" not in traces:
+                model.set_routing("router")
+                traces["router"] = step(trace_routing, model, heldout, **measured, run="router")
+            shares = expert_usage(traces["router"], theta=method.theta, experts=method.num_experts)
+            options = {"shares": shares, "seed": experiment.seed}
+        model.set_routing(width, **options)
+        if width == "full" or isinstance(width, int):  # no routing to trace, and only the prefix to compute
+            active[mode] = count_active_params(model, run=str(mode)).iloc[-1]
+            losses[mode] = step(document_losses, model, heldout, **measured)
+            losses[mode]["positions"] = losses[mode]["tokens"]
+            losses[mode]["active_mlp_fraction"] = active[mode]["active_mlp_fraction"]
+        else:
+            if mode not in traces:
+                traces[mode] = step(trace_routing, model, heldout, **measured, run=mode)
+            active[mode] = count_active_params(model, traces[mode], run=mode).iloc[-1]
+            losses[mode] = routed_losses(traces[mode], fractions=method.experts)
+    return Cell(
+        experiment=experiment,
+        steps=steps,
+        traces=traces,
+        losses=losses,
+        reference=reference,
+        active=active,
+        checkpoint=checkpoint,
+        train_tokens=0 if steps is None else int(steps["tokens"].iloc[-1]),
+    )

@@ -1,0 +1,56 @@
+"""A figure and the frame it draws, as the bytes of files: png, svg and csv; the same figure gives the same bytes."""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from dynamoe_lab.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["figure_files", "frame_csv"]
+
+CSV_LIMIT = 1_000_000  # bytes; a figure's frame is what it draws, not what it was computed from
+_SVG = {"svg.fonttype": "none", "svg.hashsalt": "dynamoe-lab"}  # text stays text; the same figure gives the same bytes
+
+
+def figure_files(ax: Any, stem: str) -> dict[str, bytes]:
+    """`<stem>.png` (150 dpi) and `<stem>.svg` of Axes, an array or list of Axes, a seaborn grid, or a Figure."""
+    import matplotlib
+
+    figure, contents = _figure_of(ax), {}
+    with matplotlib.rc_context(_SVG):
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=metadata)
+            contents[f"{stem}.{kind}"] = buffer.getvalue()
+    return contents
+
+
+def _figure_of(ax: Any) -> Any:
+    """The Figure of Axes, an array or list of Axes, a seaborn grid, or itself."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    if isinstance(ax, (np.ndarray, list, tuple)) and len(ax):
+        return _figure_of(ax[0])
+    figure = ax
+    for _ in range(3):  # Axes of a subfigure stand two levels deep
+        if isinstance(figure, Figure):
+            return figure
+        figure = getattr(figure, "figure", None)
+    raise InputError(f"figure: {type(ax).__name__} is neither Axes nor Figure")
+
+
+def frame_csv(frame: "pd.DataFrame", stem: str) -> bytes:
+    """A frame as the bytes of a csv file. Raises `InputError` if it is no frame, empty, or larger than the limit of 1 MB."""
+    import pandas as pd
+
+    if not isinstance(frame, pd.DataFrame) or frame.empty:
+        raise InputError(f"{stem}: give the frame that is shown, with at least one row")
+    if not isinstance(frame.index, pd.RangeIndex):
+        frame = frame.reset_index() if any(name is not None for name in frame.index.names) else frame
+    content = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode("utf-8")
+    if len(content) > CSV_LIMIT:
+        raise InputError(f"{stem}.csv would take {len(content) / 1e6:.1f} MB (limit 1 MB): aggregate the frame to what the figure draws")
+    return content

@@ -1,0 +1,168 @@
+"""A sweep as it is written down: which fields of an experiment take which values, and who chooses the experts when it is measured.
+
+    title: Does the order of the neurons matter?
+    profile: quick                      # a profile of configs/
+    overrides: [train.steps=20]         # for every cell
+    axes:                               # a grid: every value of each with every value of the others
+      dynamoe.importance: [l2_down, random]
+    cells:                              # single cells, beside the grid or instead of it
+      - {dynamoe.importance: l2, dynamoe.theta: 0.8}
+    modes: [router, label]              # router, label, full, random, or an expert's index
+
+Everything that can be wrong in it is found before anything runs.
+"""
+
+import difflib
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench.cells import check_modes
+
+if TYPE_CHECKING:
+    from dynamoe_lab.config import Experiment
+
+__all__ = ["Plan", "Sweep", "SweepFile", "load_sweep", "settings_text", "shipped_sweeps"]
+
+
+@dataclass
+class SweepFile:
+    """The entries of a sweep file."""
+
+    title: str = ""
+    profile: str = "quick"
+    overrides: list[str] = field(default_factory=list)
+    axes: dict[str, list[Any]] = field(default_factory=dict)
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    modes: list[Any] = field(default_factory=lambda: ["router"])
+
+
+@dataclass
+class Plan:
+    """A cell before it runs."""
+
+    number: int  # from 1
+    settings: dict[str, Any]  # field -> value
+    experiment: "Experiment"
+
+    def __str__(self) -> str:
+        return settings_text(self.settings)
+
+
+@dataclass
+class Sweep(SweepFile):
+    """A sweep file, read; `name` is the file's name without suffix."""
+
+    name: str = "sweep"
+
+    @property
+    def fields(self) -> list[str]:
+        """The dotted names that the sweep varies, in the order in which they appear."""
+        return list(dict.fromkeys([*self.axes, *(name for cell in self.cells for name in cell)]))
+
+    def resolve(self, profile: str | None = None, overrides: Iterable[str] = ()) -> list[Plan]:
+        """Every cell with its whole experiment: profile < the file's overrides < `overrides` < the cell.
+
+        Raises:
+            InputError: an unknown field, an impossible value, a mode that a cell does not have, an empty axis, no cell, or two cells that
+                are the same experiment.
+        """
+        from dynamoe_lab.config import field_names, load_experiment
+
+        known = [name for name in field_names() if name != "profile"]
+        for name in self.fields:
+            if name not in known:
+                near = [other for other in known if other.rpartition(".")[2] == name] or difflib.get_close_matches(name, known, 1, 0.5)
+                hint = f"did you mean {near[0]}?" if near else "the fields are in configs/defaults.yaml"
+                raise InputError(f"sweep {self.name}: an experiment has no field {name!r}; {hint}")
+        for name, values in self.axes.items():
+            if not len(values):
+                raise InputError(f"sweep {self.name}: the axis {name} is empty; give it values or leave it out")
+        grid = [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())] if self.axes else []
+        chosen = [_plain(settings) for settings in [*grid, *self.cells]]
+        if not chosen:
+            raise InputError(f"sweep {self.name}: nothing to do; give axes, cells or both")
+        plans, seen = [], {}
+        base = [*self.overrides, *overrides]
+        for number, settings in enumerate(chosen, start=1):
+            where = f"sweep {self.name}, cell {number} ({settings_text(settings)})"
+            own = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+            try:
+                experiment = load_experiment(profile or self.profile, [*base, *own])
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+            check_modes(self.modes, experiment.dynamoe.num_experts, where)
+            same = json.dumps(asdict(experiment), sort_keys=True)
+            if same in seen:
+                raise InputError(f"{where} is the same experiment as cell {seen[same]}; leave one of them out")
+            seen[same] = number
+            plans.append(Plan(number, settings, experiment))
+        return plans
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    """`dynamoe.theta=0.8, dynamoe.experts=[0.5, 1.0]`: settings as they are typed."""
+    return ", ".join(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()) or "as it is"
+
+
+def _plain(value: Any) -> Any:
+    """Values of a notebook (tuples, numpy's numbers) as those of a file."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if hasattr(value, "item") else value
+
+
+def shipped_sweeps() -> list[str]:
+    """Names of the sweeps in `configs/sweeps/`, in order."""
+    from dynamoe_lab.config import project_root
+
+    return sorted(path.stem for path in (project_root() / "configs" / "sweeps").glob("*.yaml"))
+
+
+def load_sweep(file: str | Path) -> Sweep:
+    """Read a sweep file.
+
+    Args:
+        file: a path to a YAML file, or the name of one in `configs/sweeps/`.
+
+    Raises:
+        InputError: no such file (with the nearest name), no YAML, an unknown entry or one of the wrong kind. Fields and values are
+            checked by `Sweep.resolve`.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from dynamoe_lab.config import project_root
+
+    path = Path(file)
+    if path.suffix not in (".yaml", ".yml"):
+        path = project_root() / "configs" / "sweeps" / f"{file}.yaml"
+    if not path.is_file():
+        names = shipped_sweeps()
+        near = difflib.get_close_matches(Path(file).stem, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"give a path to a YAML file or one of {', '.join(names)}"
+        raise InputError(f"no sweep {str(file)!r}; {hint}")
+    try:
+        written = OmegaConf.load(path)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise InputError(f"sweep {file}: not a readable YAML file ({str(error).splitlines()[0]})") from error
+    try:
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepFile), written))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        key = str(getattr(error, "full_key", None) or "")
+        known = list(vars(SweepFile()))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = (
+            f"did you mean {near[0]}?"
+            if near and near[0] != key
+            else f"entries are {', '.join(known)}; axes map a field to a list of values"
+        )
+        raise InputError(f"sweep {file}, at {key or 'the top'}: {str(error).splitlines()[0].rstrip('.')}; {hint}") from error
+    return Sweep(**vars(merged), name=path.stem)

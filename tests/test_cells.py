@@ -1,0 +1,171 @@
+"""One experiment through the cache: the steps are the notebooks' own, and what comes out agrees with the library called by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import dynamoe_lab as lab
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench.cells import Inputs, run_cell
+from dynamoe_lab.workbench.steps import run_step
+
+pytestmark = pytest.mark.assets
+MODES = ("router", "label", "random", 1)
+
+
+@pytest.fixture(scope="module")
+def stepping(home):
+    """`step` as `Run.step` is, and what it was asked: (function, cached)."""
+    asked = []
+
+    def step(function, *args, **kwargs):
+        done = run_step(function, args, kwargs, home=home)
+        asked.append((function.__name__, done.cached))
+        return done.value
+
+    return step, asked
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return lab.load_experiment("smoke", ["train.steps=3", "data.heldout_tokens=1024", "data.calibration_tokens=512"])
+
+
+@pytest.fixture(scope="module")
+def cell(experiment, stepping):
+    return run_cell(experiment, modes=MODES, step=stepping[0])
+
+
+def test_the_notebooks_steps_are_found_again(cell, experiment, stepping):
+    """The calls of notebooks/03_train_router.ipynb, word for word: none is computed a second time."""
+    step, asked = stepping
+    data, measure = experiment.data, experiment.evaluate
+    dense, tokenizer = lab.load_model(
+        experiment.model, dtype=experiment.dtype, device=experiment.device, trust_remote_code=experiment.trust_remote_code
+    )
+    common = {"context": data.context, "seed": experiment.seed}
+    calibration = lab.load_blocks(data.calibration, tokenizer, tokens=data.calibration_tokens, split="calibration", **common)
+    train_blocks = lab.load_blocks(data.train, tokenizer, tokens=data.train_tokens, split="train", **common)
+    heldout = lab.load_blocks(data.heldout, tokenizer, tokens=data.heldout_tokens, split="heldout", **common)
+    asked.clear()
+    statistics = step(lab.calibrate, dense, calibration)
+    model = lab.convert(dense, experiment.dynamoe, statistics=statistics)
+    steps, folder = step(lab.train, model, train_blocks, experiment.train, tokenizer=tokenizer)
+    model, _ = lab.load_model(folder / "checkpoint", dtype=experiment.dtype, device=experiment.device)
+    routing = step(lab.trace_routing, model, heldout, batch_size=measure.batch_size, run="router")
+    reference = step(lab.document_losses, dense, heldout, batch_size=measure.batch_size)
+    model.set_routing("label")
+    step(lab.trace_routing, model, heldout, batch_size=measure.batch_size, run="label")
+    assert asked == [(name, True) for name in ("calibrate", "train", "trace_routing", "document_losses", "trace_routing")]
+    pd.testing.assert_frame_equal(cell.traces["router"], routing)
+    pd.testing.assert_frame_equal(cell.reference, reference)
+    pd.testing.assert_frame_equal(cell.steps, steps)
+    assert cell.checkpoint == folder / "checkpoint"
+    assert cell.train_tokens == 3 * experiment.train.batch_size * data.context
+
+
+def test_losses_are_those_of_the_routed_model(cell, experiment):
+    """A trace's surprisals, summed by document, against `document_losses` of the model under the same routing."""
+    model, tokenizer = lab.load_model(cell.checkpoint)
+    data = experiment.data
+    heldout = lab.load_blocks(data.heldout, tokenizer, context=data.context, tokens=data.heldout_tokens, split="heldout", seed=0)
+    for mode in ("router", "label", 1):
+        model.set_routing(mode)
+        expected = lab.document_losses(model, heldout, batch_size=experiment.evaluate.batch_size).set_index("document")
+        found = cell.losses[mode].set_index("document")
+        assert found["tokens"].to_dict() == expected["tokens"].to_dict()
+        np.testing.assert_allclose(found["nll"], expected["nll"].loc[found.index], rtol=1e-5)
+
+
+def test_modes_are_what_they_say(cell):
+    assert set(cell.traces) == {mode for mode in MODES if isinstance(mode, str)}, "a fixed width routes nothing"
+    assert list(cell.losses) == list(cell.active) == list(MODES)
+    assert (cell.traces["label"]["expert"] == cell.traces["label"]["label"]).all()
+    router, drawn = (cell.traces[mode].groupby("layer")["expert"].value_counts(normalize=True) for mode in ("router", "random"))
+    tokens = len(cell.traces["router"]) / 3
+    gap = router.sub(drawn, fill_value=0).abs()
+    assert gap.max() < 5 * 0.5 / tokens**0.5  # the same shares, up to five standard errors of a draw
+    assert not np.array_equal(cell.traces["router"]["expert"], cell.traces["random"]["expert"])
+    fractions = np.asarray(cell.experiment.dynamoe.experts)
+    for mode in MODES:
+        share = fractions[cell.traces[mode]["expert"]].mean() if mode in cell.traces else fractions[mode]  # MLPs are all of one width
+        assert cell.active[mode]["active_mlp_fraction"] == pytest.approx(share, rel=1e-9)
+        assert cell.active[mode]["active_params"] < cell.active[mode]["total_params"]
+        weights = cell.losses[mode]["positions"]
+        assert np.average(cell.losses[mode]["active_mlp_fraction"], weights=weights) == pytest.approx(share, rel=1e-9)
+
+
+def test_a_second_time_nothing_is_computed(cell, experiment, stepping):
+    step, asked = stepping
+    asked.clear()
+    again = run_cell(experiment, modes=MODES, step=step)
+    assert len(asked) == 3 + len(MODES)
+    assert all(cached for _, cached in asked)
+    for mode in MODES:
+        pd.testing.assert_frame_equal(again.losses[mode], cell.losses[mode])
+
+
+def test_cells_that_differ_in_no_weight_share_a_conversion(experiment, stepping, monkeypatch):
+    """And what they measure is what a conversion of their own would give."""
+    from dynamoe_lab import conversion
+
+    step, _ = stepping
+    untrained = replace(experiment, train=replace(experiment.train, steps=0))
+    others = [replace(untrained, dynamoe=replace(experiment.dynamoe, theta=theta)) for theta in (0.6, 0.95)]
+    own = [run_cell(other, modes=("label",), step=step) for other in others]
+    converted, convert = [], conversion.convert
+    monkeypatch.setattr(conversion, "convert", lambda *args, **kwargs: converted.append(1) or convert(*args, **kwargs))
+    inputs = Inputs()
+    for other, alone in zip(others, own, strict=True):
+        shared = run_cell(other, modes=("label", 0), step=step, inputs=inputs)
+        pd.testing.assert_frame_equal(shared.losses["label"], alone.losses["label"])
+    assert len(converted) == 1
+    run_cell(replace(untrained, dynamoe=replace(experiment.dynamoe, experts=(0.5, 1.0))), modes=(0,), step=step, inputs=inputs)
+    assert len(converted) == 2
+
+
+def test_without_training_nothing_is_trained_and_no_training_text_is_read(experiment, stepping, monkeypatch):
+    from dynamoe_lab import data
+
+    step, asked = stepping
+    read, load_blocks = [], data.load_blocks
+    monkeypatch.setattr(data, "load_blocks", lambda *args, **kwargs: read.append(kwargs["split"]) or load_blocks(*args, **kwargs))
+    asked.clear()
+    untrained = lab.load_experiment("smoke", ["train.steps=0", "data.heldout_tokens=1024", "data.calibration_tokens=512"])
+    cell = run_cell(untrained, modes=("full",), step=step)
+    assert (cell.steps, cell.checkpoint, cell.train_tokens) == (None, None, 0)
+    assert sorted(read) == ["calibration", "heldout"]
+    assert "train" not in [name for name, _ in asked]
+    merged = cell.losses["full"].merge(cell.reference, on="document", suffixes=("", "_dense"))
+    np.testing.assert_allclose(merged["nll"], merged["nll_dense"], rtol=1e-4)  # at full width it is the dense function
+
+
+def test_the_static_control_goes_the_way_it_was_trained(stepping):
+    fields = ["train.steps=2", "data.heldout_tokens=512", "data.calibration_tokens=512", "dynamoe.train_route=1", "dynamoe.lambda_router=0"]
+    cell = run_cell(lab.load_experiment("smoke", fields), modes=("router",), step=stepping[0])
+    assert cell.traces["router"]["run"].unique().tolist() == ["static"]
+    assert (cell.traces["router"]["expert"] == 1).all()
+
+
+@pytest.mark.parametrize("mode", ["rooter", 4, -1, True, None])
+def test_modes_that_are_none_are_refused_before_anything_is_loaded(experiment, mode):
+    with pytest.raises(InputError, match="expert's index from 0 to 3"):
+        run_cell(experiment, modes=(mode,), step=None)
+
+
+def test_inputs_are_loaded_once_and_let_go(experiment, monkeypatch):
+    from dynamoe_lab import loading
+
+    loaded, load_model = [], loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: loaded.append(args) or load_model(*args, **kwargs))
+    inputs = Inputs()
+    first = inputs.model(experiment)[0]
+    assert inputs.blocks(experiment, "heldout") is inputs.blocks(experiment, "heldout")
+    assert inputs.model(experiment)[0] is first
+    other = lab.load_experiment("smoke", ["seed=1", "data.heldout_tokens=1024"])
+    assert inputs.blocks(other, "heldout").fingerprint() != inputs.blocks(experiment, "heldout").fingerprint()
+    assert len(loaded) == 1
+    inputs.clear()
+    assert inputs.model(experiment)[0] is not first
