@@ -87,6 +87,7 @@ _ROOMS = {
     "dynamoe_lab.workbench.explore": ("continue_text", "explorer"),
     "dynamoe_lab.workbench.session": ("Run", "start"),
     "dynamoe_lab.workbench.sweep": ("Sweep", "SweepFailed", "SweepResult", "load_sweep", "run_sweep"),
+    "dynamoe_lab.workbench.sweep_table": ("read_sweep",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

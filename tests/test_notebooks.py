@@ -1,5 +1,6 @@
 """All notebooks on the smoke profile, as a person runs them: the command, stock papermill, again, after a deletion, after a kill."""
 
+import html
 import json
 import os
 import shutil
@@ -15,15 +16,22 @@ from kill_randomly import kill
 ROOT = Path(__file__).parents[1]
 FIGURES = {
     "01_convert": ("importance_curves", "expert_similarity"),
+    "02_difficulty": ("label_share", "difficulty_vs_surprisal", "difficulty_by_domain"),
     "03_train_router": ("training_curves",),
     "04_router_confusion": ("router_confusion", "router_confusion_by_layer", "error_distance"),
     "05_expert_usage": ("expert_usage", "expert_usage_by_domain"),
+    "06_pareto": ("pareto",),
+    "07_collapse": ("collapse", "collapse_entropy", "collapse_training"),
+    "20_ablation": ("ablation",),
 }
 COLUMNS = {  # of the documented tables
     "03_train_router/training_curves": "run step tokens loss lm_loss router_loss router_accuracy active_mlp_fraction lr seconds",
     "04_router_confusion/router_confusion_by_layer": "run theta layer label expert tokens share",
     "05_expert_usage/expert_usage": "run theta domain layer expert share tokens",
     "05_expert_usage/expert_usage_by_domain": "run theta domain layer expert share tokens",
+    "06_pareto/pareto": "method theta seed train_tokens active_params active_mlp_fraction metric value low high n",
+    "07_collapse/collapse": "lambda_router router_gradient seed layer expert share tokens",
+    "20_ablation/ablation": "cell dynamoe.importance mode metric value low high n active_mlp_fraction active_params train_tokens status",
 }
 
 
@@ -42,9 +50,10 @@ def record(report, name):
     return json.loads((report / name / "record.json").read_text())
 
 
-def checkpoint(home):
-    (weights,) = (home / "steps").glob("train-*/output/checkpoint/model.safetensors")
-    return weights
+def checkpoint(home, report):
+    """Weights of the model that notebook 03 of a report trained."""
+    (key,) = [step["key"] for step in record(report, "03_train_router")["results"]["steps"] if step["function"] == "train"]
+    return home / "steps" / f"train-{key[:16]}" / "output" / "checkpoint" / "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +89,36 @@ def test_usage_and_confusion_agree(report):
 
 
 @pytest.mark.assets
+def test_the_frontier_holds_every_control_at_its_compute(report):
+    pareto = pd.read_csv(report / "06_pareto" / "pareto.csv")
+    trained = pareto["train_tokens"] > 0
+    assert set(pareto["method"]) == {"dense", "label", "random", "router", "static"}
+    assert set(pareto.loc[(pareto["method"] == "label") & ~trained, "theta"]) == {0.7, 0.8, 0.9, 0.95}
+    assert set(pareto.loc[trained & (pareto["method"] == "router"), "theta"]) == {0.8, 0.9}
+    assert pareto.loc[trained, "train_tokens"].nunique() == 1
+    router = pareto[trained & (pareto["method"] == "router") & (pareto["theta"] == 0.9)].iloc[0]
+    static = pareto[trained & (pareto["method"] == "static")].iloc[0]
+    assert static["active_params"] == pytest.approx(router["active_params"], rel=0.002), "the router counts, too"
+    drawn = pareto[(pareto["method"] == "random") & (pareto["theta"] == 0.9)].iloc[0]
+    assert drawn["active_mlp_fraction"] == pytest.approx(router["active_mlp_fraction"], abs=0.02)
+
+
+@pytest.mark.assets
+def test_the_report_opens_with_what_was_found(report):
+    page = (report / "index.html").read_text(encoding="utf-8")
+    opening = page[: page.index('id="01_convert"')]
+    headlines = [finding["sentence"] for name in FIGURES for finding in record(report, name)["results"]["findings"] if finding["headline"]]
+    assert len(headlines) >= 6
+    assert all(sentence in html.unescape(opening) for sentence in headlines)
+
+
+@pytest.mark.assets
 def test_again_nothing_runs(home, report):
     before = {path: path.stat().st_mtime_ns for path in report.rglob("*.png")}
     began = time.perf_counter()
     done = run(home, report)
     assert time.perf_counter() - began < 60
-    assert done.stdout.count("up to date") == 5
+    assert done.stdout.count("up to date") == 9
     assert before == {path: path.stat().st_mtime_ns for path in report.rglob("*.png")}
 
 
@@ -94,9 +127,9 @@ def test_a_deleted_folder_is_remade_without_training(home, report):
     before = (report / "05_expert_usage" / "expert_usage.csv").read_bytes()
     shutil.rmtree(report / "05_expert_usage")
     done = run(home, report)
-    assert done.stdout.count("up to date") == 4
+    assert done.stdout.count("up to date") == 8
     steps = record(report, "05_expert_usage")["results"]["steps"]
-    assert {"convert", "train", "trace_routing"} <= {step["function"] for step in steps}
+    assert {"calibrate", "train", "trace_routing"} <= {step["function"] for step in steps}
     assert all(step["cached"] for step in steps)
     assert (report / "05_expert_usage" / "expert_usage.csv").read_bytes() == before
 
@@ -129,4 +162,4 @@ def test_killed_in_a_notebook_the_same_command_finishes(home, report, tmp_path):
     assert not list(own.glob("steps/train-*")), "killed too late"
     run(own, tmp_path / "report", "03")
     assert record(tmp_path / "report", "03_train_router")["run"]["status"] == "ok"
-    assert checkpoint(own).read_bytes() == checkpoint(home).read_bytes()
+    assert checkpoint(own, tmp_path / "report").read_bytes() == checkpoint(home, report).read_bytes()

@@ -259,7 +259,8 @@ def test_readme_commands_are_accepted(monkeypatch):
 
     from typer.testing import CliRunner
 
-    from dynamoe_lab.workbench import notebooks, report
+    from dynamoe_lab.config import load_experiment
+    from dynamoe_lab.workbench import checkpoints, inventory, notebooks, report, sweep
     from dynamoe_lab.workbench.cli import app
 
     calls = []
@@ -271,13 +272,19 @@ def test_readme_commands_are_accepted(monkeypatch):
         ),
     )
     monkeypatch.setattr(report, "build_report", lambda folder, **_: Path(folder) / "index.html")
+    monkeypatch.setattr(sweep, "run_sweep", lambda chosen, **options: calls.append(chosen.resolve()) or sys.exit(0))
+    for name in ("convert_to_folder", "train_to_folder"):
+        monkeypatch.setattr(checkpoints, name, lambda *_, given, **__: calls.append(load_experiment("quick", given)))
+    monkeypatch.setattr(inventory, "list_runs", lambda *_: calls.append("ls"))
+    monkeypatch.setattr(inventory, "find_run", lambda *_: calls.append("show"))
+    monkeypatch.setattr(inventory, "show_run", lambda _: "")
     lines = re.findall(r"^\.venv/bin/dynamoe-lab ([^#\n]+)", README, re.M)
-    assert len(lines) >= 4
+    assert len(lines) >= 10
     for line in lines:
         if not line.startswith("doctor"):
             result = CliRunner().invoke(app, shlex.split(line))
             assert result.exit_code == 0, f"{line}: {result.output}{result.exception}"
-    assert len(calls) == sum(line.startswith("run") for line in lines)
+    assert len(calls) == sum(not line.startswith(("doctor", "report")) for line in lines)
 
 
 def test_readme_code_runs_on_a_small_model(monkeypatch, tmp_path):

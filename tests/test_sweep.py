@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 
@@ -21,7 +22,7 @@ from dynamoe_lab.workbench.records import load_record
 from dynamoe_lab.workbench.session import start
 from dynamoe_lab.workbench.sweep import Sweep, SweepFailed, load_sweep, run_sweep
 from dynamoe_lab.workbench.sweep_file import shipped_sweeps
-from dynamoe_lab.workbench.sweep_table import write_sweep
+from dynamoe_lab.workbench.sweep_table import read_sweep, write_sweep
 
 CHECKOUT = Path(__file__).parents[1]
 SMALL = ["train.steps=2", "data.heldout_tokens=512", "data.calibration_tokens=512"]
@@ -333,3 +334,18 @@ def test_stopped_or_killed_no_process_is_left_and_finished_steps_are(home, proje
     assert not psutil.wait_procs(family, timeout=20)[1], "a process outlived the sweep"
     assert {path: path.stat().st_mtime_ns for path in own.glob("steps/calibrate-*/step.json")} == converted
     killed.communicate()
+
+
+def test_a_written_table_is_read_back(tmp_path):
+    rows = [(1, "l2", "label", "perplexity_ratio", 1.5, "ok"), (2, "abs", "1", "perplexity_ratio", 2.5, "ok")]
+    written = pd.DataFrame(rows, columns=["cell", "dynamoe.importance", "mode", "metric", "value", "status"])
+    written.to_csv(tmp_path / "sweep.csv", index=False)
+    pd.testing.assert_frame_equal(read_sweep(tmp_path / "sweep.csv"), written)
+
+
+@pytest.mark.parametrize(("content", "says"), [(None, "no such file"), ("a,b\n1,2\n", "lacks cell, mode"), ("", "No columns")])
+def test_what_is_no_table_is_told(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "sweep.csv").write_text(content)
+    with pytest.raises(InputError, match=f"{says}.*make one with"):
+        read_sweep(tmp_path / "sweep.csv")

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.cells import Cell
 from dynamoe_lab.workbench.files import without_paths, write_atomic, write_json
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from dynamoe_lab.workbench.sweep import Outcome, SweepResult
 
-__all__ = ["sweep_command", "sweep_table", "write_sweep"]
+__all__ = ["read_sweep", "sweep_command", "sweep_table", "write_sweep"]
 
 SWEEP_FORMAT = 1
 
@@ -43,6 +44,25 @@ def sweep_table(result: "SweepResult") -> "pd.DataFrame":
     values = ["value", "low", "high", "n", "active_mlp_fraction", "active_params", "train_tokens"]
     frame = pd.DataFrame(rows, columns=["cell", *result.sweep.fields, "mode", "metric", *values, "status", "error"])
     return frame.astype({"mode": object, "metric": object, **dict.fromkeys(values, float)})
+
+
+def read_sweep(path: str | Path) -> "pd.DataFrame":
+    """The table `sweep` from the `sweep.csv` that `dynamoe-lab sweep` wrote; relative paths start at the project root.
+
+    Raises `InputError` if there is no such file, or it is no such table.
+    """
+    import pandas as pd
+
+    from dynamoe_lab.config import project_root
+
+    try:
+        table = pd.read_csv(project_root() / path, dtype={"mode": object})
+    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        raise InputError(f"{path}: {reason}; make one with: dynamoe-lab sweep FILE") from error
+    if missing := [name for name in ("cell", "mode", "metric", "value", "status") if name not in table.columns]:
+        raise InputError(f"{path}: no table of a sweep, it lacks {', '.join(missing)}; make one with: dynamoe-lab sweep FILE")
+    return table
 
 
 def _measured(cell: Cell) -> list[dict[str, Any]]:
