@@ -15,6 +15,7 @@ _ROOMS = {
         "active_fraction",
         "active_params_finding",
         "collapse_finding",
+        "collapse_verdict",
         "collapsed_layers",
         "conversion_finding",
         "difficulty_bins",

@@ -9,6 +9,7 @@ from test_metrics_studies import make_pareto, make_routing, make_sweep
 from dynamoe_lab.analysis.findings import (
     ablation_finding,
     collapse_finding,
+    collapse_verdict,
     difficulty_domain_finding,
     difficulty_finding,
     label_share_finding,
@@ -157,6 +158,16 @@ class TestCollapse:
         assert sentence.endswith("1 seed.")
         assert "does not hold" not in sentence
         assert sentence.count(". ") == 0
+
+    def test_a_caption_says_what_both_gradients_did(self):
+        fixed, free = np.full(200, 3), np.arange(200) % 20 % 4
+        runs = {(0.0, "straight_through", 0): [fixed, fixed], (0.0, "none", 0): [free, fixed], (1.0, "none", 0): [free, free]}
+        assert collapse_verdict(self.frames(runs)[0], fractions=FRACTIONS) == (
+            "Without supervision (λ = 0) 1 of 2 layers collapsed to one expert under the none gradient, where expert 100 % takes "
+            "62 % of all tokens; all 2 layers collapsed to one expert under the straight-through gradient, where expert 100 % takes "
+            "100 % of all tokens."
+        )
+        assert collapse_verdict(self.frames({(1.0, "none", 0): [free, free]})[0]) == "No run was without supervision (λ = 0)."
 
     def test_a_gradient_that_does_not_collapse_is_said(self):
         fixed, free = np.full(200, 3), np.arange(200) % 20 % 4

@@ -164,7 +164,11 @@ class TestCollapse:
             assert head[2] == f"{100 * active:.{0 if weight else 1}f} % active"
         stuck = collapse[collapse["lambda_router"] == 0].groupby(["router_gradient", "seed", "layer"])["share"].max() >= 0.99
         low, high = (stuck.groupby(["router_gradient", "seed"]).sum()["straight_through"].agg(how) for how in ("min", "max"))
-        assert f"λ = 0 (straight-through) {low if low == high else f'{low} to {high}'};" in title(figure)
+        heads = [ax.get_title(loc="left") for ax in panels]
+        assert f"{low if low == high else f'{low} to {high}'} of {collapse['layer'].nunique()} layers on one" in heads[0]
+        mean = collapse.query("router_gradient == 'straight_through' and lambda_router == 0").groupby("expert")["share"].mean()
+        assert mean.idxmax() == 3
+        assert "λ = 0 (straight-through) 100 % of the MLP, by 9" in title(figure)
 
     def test_entropy(self, frames):  # noqa: F811
         information = frames["information"]

@@ -61,6 +61,7 @@ _NAMES = {
         "ablation_finding",
         "active_params_finding",
         "collapse_finding",
+        "collapse_verdict",
         "conversion_finding",
         "difficulty_domain_finding",
         "difficulty_finding",

@@ -6,7 +6,7 @@ with `run.finding(sentence, source=stem)`.
 """
 
 from dynamoe_lab.analysis.findings.ablation import ablation_finding
-from dynamoe_lab.analysis.findings.collapse import collapse_finding
+from dynamoe_lab.analysis.findings.collapse import collapse_finding, collapse_verdict
 from dynamoe_lab.analysis.findings.difficulty import difficulty_domain_finding, difficulty_finding, label_share_finding
 from dynamoe_lab.analysis.findings.model import active_params_finding, conversion_finding, perplexity_finding, training_finding
 from dynamoe_lab.analysis.findings.pareto import pareto_finding, static_finding
@@ -17,6 +17,7 @@ __all__ = [
     "ablation_finding",
     "active_params_finding",
     "collapse_finding",
+    "collapse_verdict",
     "conversion_finding",
     "difficulty_domain_finding",
     "difficulty_finding",

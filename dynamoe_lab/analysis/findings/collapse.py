@@ -1,12 +1,14 @@
 """What happens to the choice of experts without supervision of the routers."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from dynamoe_lab.analysis.findings.wording import tokens_text
 from dynamoe_lab.analysis.frames import ALL, expert_names, percent, require, split_layers
 from dynamoe_lab.analysis.metrics.collapse import CASE, collapsed_layers, run_name
 
-__all__ = ["collapse_finding"]
+__all__ = ["collapse_finding", "collapse_verdict"]
 
 
 def collapse_finding(collapse: pd.DataFrame, information: pd.DataFrame, *, fractions: tuple[float, ...] | None = None) -> str:
@@ -67,6 +69,34 @@ def _of(frame: pd.DataFrame, gradient: str, weight: float) -> pd.DataFrame:
 def _span(counts: pd.Series) -> str:
     """One number if the seeds agree, else the least and the most."""
     return " to ".join(dict.fromkeys((str(counts.min()), str(counts.max()))))
+
+
+def collapse_verdict(collapse: pd.DataFrame, *, fractions: Sequence[float] | None = None) -> str:
+    """One sentence for a caption: did every layer of the unsupervised runs (λ_router = 0) collapse to one expert, gradient by gradient?
+
+    Args:
+        collapse: lambda_router, router_gradient, seed, layer, expert, share, tokens; a layer is collapsed at 99 % of its tokens.
+        fractions: [E] share of the MLP of each expert, to call the experts by.
+    """
+    strict = collapsed_layers(collapse, threshold=0.99)
+    free = strict[strict["lambda_router"] == 0]
+    if free.empty:
+        return "No run was without supervision (λ = 0)."
+    layers, names = strict["layer"].nunique(), expert_names(fractions, int(collapse["expert"].max()), "collapse_verdict")
+    counts = free.groupby(["router_gradient", "seed"])["collapsed"].sum()
+    texts = []
+    for gradient, found in counts.groupby("router_gradient"):
+        how = (
+            f"all {layers} layers"
+            if (found == layers).all()
+            else f"no layer of {layers}"
+            if not found.any()
+            else f"{_span(found)} of {layers} layers"
+        )
+        shares = _of(collapse, gradient, 0.0).groupby("expert")["share"].mean()
+        most = f"expert {names[shares.idxmax()]} takes {percent(shares.max() / shares.sum())} of all tokens"
+        texts.append(f"{how} collapsed to one expert under the {gradient.replace('_', '-')} gradient, where {most}")
+    return f"Without supervision (λ = 0) {'; '.join(texts)}."
 
 
 def _exceptions(strict: pd.DataFrame, layers: int) -> str:

@@ -46,9 +46,9 @@ def plot_collapse(
     names = expert_names(fractions, int(collapse["expert"].max()), "plot_collapse")
     cases = _cases(collapse)
     layers = collapse["layer"].nunique()
-    figure = canvas(5.2 + 0.3 * min(layers, 60), figure)
+    figure = canvas(5.4 + 0.3 * min(layers, 60), figure)
     axes = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
-    ends = []
+    taken = {}
     for ax, (gradient, weight) in zip(axes, cases, strict=True):
         part = collapse[(collapse["router_gradient"] == gradient) & (collapse["lambda_router"] == weight)]
         table = part.groupby(["layer", "expert"])["share"].mean().unstack(fill_value=0.0).reindex(columns=range(len(names)), fill_value=0.0)
@@ -62,14 +62,17 @@ def plot_collapse(
         lines = [f"λ_router = {weight:g}", gradient.replace("_", "-"), f"{percent(active.mean())} active"]
         if percent(active.min()) != percent(active.max()):
             lines.append(f"(seeds {percent(active.min())} to {percent(active.max())})")
+        lines.insert(3, f"{' to '.join(dict.fromkeys((str(stuck.min()), str(stuck.max()))))} of {layers} layers on one")
+        shares = table.mean()
+        taken[(gradient, weight)] = f"{names[shares.idxmax()]} of the MLP, by {percent(shares.max())} of tokens"
         ax.set_title("\n".join(lines), fontsize=7.5)
-        count = " to ".join(dict.fromkeys((str(stuck.min()), str(stuck.max()))))
-        ends.append(f"{run_name(weight, gradient, cases)} {count}")
     axes[0].set_ylabel("layer")
-    figure.supxlabel("expert (share of the MLP)", fontsize=8)
+    figure.supxlabel("expert (share of the MLP); a layer is on one expert if that takes 99 % of its tokens or more", fontsize=8)
     seeds = collapse["seed"].nunique()
     share_bar(figure, list(axes), f"tokens of the layer (%){f', mean of {seeds} seeds' if seeds > 1 else ''}", aspect=45)
-    headline(figure, f"Layers, of {layers}, in which one expert takes 99 % of the tokens or more: {'; '.join(ends)}")
+    shown = {case: text for case, text in taken.items() if case[1] in (0, max(weight for _, weight in cases))} or taken
+    ends = [f"{run_name(weight, gradient, cases)} {text}" for (gradient, weight), text in shown.items()]
+    headline(figure, f"The most chosen expert: {'; '.join(ends)}")
     return figure
 
 
@@ -194,7 +197,8 @@ def _dense_line(ax: Axes, level: float, name: str, *, below: bool) -> None:
     """The dense model's level, named above or below the line, with room for the name."""
     ax.axhline(level, **DENSE)
     place = {"xycoords": ("axes fraction", "data"), "xytext": (-2, -2 if below else 2), "textcoords": "offset points", "fontsize": 6.5}
-    ax.annotate(name, (1, level), ha="right", va="top" if below else "bottom", color=DENSE["color"], **place)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
+    ax.annotate(name, (1, level), ha="right", va="top" if below else "bottom", color=DENSE["color"], bbox=box, zorder=5, **place)
     low, high = ax.get_ylim()
     if ax.get_yscale() == "log":
         room = (high / low) ** 0.08
