@@ -84,7 +84,7 @@ _ROOMS = {
     ),
     "dynamoe_lab.models": ("DynaMoEConfig",),
     "dynamoe_lab.training": ("TrainingDiverged", "train"),
-    "dynamoe_lab.workbench.cells": ("Cell", "run_cell"),
+    "dynamoe_lab.workbench.cells": ("Cell", "run_cell", "static_cut"),
     "dynamoe_lab.workbench.explore": ("continue_text", "explorer"),
     "dynamoe_lab.workbench.session": ("Run", "start"),
     "dynamoe_lab.workbench.sweep": ("Sweep", "SweepFailed", "SweepResult", "load_sweep", "run_sweep"),

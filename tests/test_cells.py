@@ -8,7 +8,7 @@ import pytest
 
 import dynamoe_lab as lab
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.workbench.cells import Inputs, run_cell
+from dynamoe_lab.workbench.cells import Inputs, run_cell, static_cut
 from dynamoe_lab.workbench.steps import run_step
 
 pytestmark = pytest.mark.assets
@@ -142,11 +142,105 @@ def test_without_training_nothing_is_trained_and_no_training_text_is_read(experi
     np.testing.assert_allclose(merged["nll"], merged["nll_dense"], rtol=1e-4)  # at full width it is the dense function
 
 
-def test_the_static_control_goes_the_way_it_was_trained(stepping):
-    fields = ["train.steps=2", "data.heldout_tokens=512", "data.calibration_tokens=512", "dynamoe.train_route=1", "dynamoe.lambda_router=0"]
-    cell = run_cell(lab.load_experiment("smoke", fields), modes=("router",), step=stepping[0])
-    assert cell.traces["router"]["run"].unique().tolist() == ["static"]
-    assert (cell.traces["router"]["expert"] == 1).all()
+SMALL = ["train.steps=2", "data.heldout_tokens=512", "data.calibration_tokens=512"]
+
+
+@pytest.fixture(scope="module")
+def static(stepping):
+    fields = [*SMALL, "dynamoe.train_route=1", "dynamoe.lambda_router=0"]
+    return run_cell(lab.load_experiment("smoke", fields), modes=("random", "router"), step=stepping[0])
+
+
+def test_the_static_control_goes_the_way_it_was_trained(static):
+    """A fixed width asks no router: none is traced, none is counted, and "random" with all shares on one expert is that width."""
+    model, tokenizer = lab.load_model(static.checkpoint)
+    model.set_routing(1)
+    data, batch = static.experiment.data, static.experiment.evaluate.batch_size
+    heldout = lab.load_blocks(data.heldout, tokenizer, context=data.context, tokens=data.heldout_tokens, split="heldout", seed=0)
+    expected = lab.document_losses(model, heldout, batch_size=batch)
+    assert "router" not in static.traces
+    assert "random" not in static.traces
+    for mode in ("router", "random"):
+        assert static.active[mode]["router"] == 0
+        assert static.active[mode]["active_mlp_fraction"] == pytest.approx(0.5)
+        assert (static.losses[mode]["active_mlp_fraction"] == static.active[mode]["active_mlp_fraction"]).all()
+        pd.testing.assert_frame_equal(static.losses[mode][list(expected.columns)], expected)
+
+
+def test_a_row_of_a_fixed_width_is_of_no_trace(static):
+    """Whatever other modes were measured: its share is known without a sample, and no router was right or wrong."""
+    from dynamoe_lab.workbench.sweep_table import _measured
+
+    rows = pd.DataFrame(_measured(static))
+    metrics = rows.groupby("mode")["metric"].agg(list).to_dict()
+    assert metrics == {mode: ["perplexity_ratio", "active_mlp_fraction"] for mode in ("random", "router")}
+    shares = rows[rows["metric"] == "active_mlp_fraction"]
+    assert (shares[["value", "low", "high"]] == 0.5).all(axis=None)
+
+
+def test_shares_for_random_leave_no_trace_of_the_router(cell, experiment, stepping):
+    step, asked = stepping
+    asked.clear()
+    alone = run_cell(experiment, modes=("random",), step=step)
+    assert list(alone.traces) == list(alone.losses) == ["random"]
+    pd.testing.assert_frame_equal(alone.traces["random"], cell.traces["random"])
+    assert [name for name, _ in asked].count("trace_routing") == 2
+    asked.clear()
+    both = run_cell(experiment, modes=("random", "router"), step=step)
+    pd.testing.assert_frame_equal(both.traces["router"], cell.traces["router"])
+    assert [name for name, _ in asked].count("trace_routing") == 2  # the router's is asked for once
+
+
+# --- the static control of a routed cell -------------------------------------------------------------------------------------------
+
+
+def test_a_static_cut_costs_what_the_routed_model_costs(cell, stepping):
+    settings = static_cut(cell)
+    assert list(settings) == ["dynamoe.theta", "train.seed", "dynamoe.experts", "dynamoe.train_route", "dynamoe.lambda_router"]
+    assert settings["dynamoe.theta"] == cell.experiment.dynamoe.theta
+    assert settings["train.seed"] == cell.experiment.train.seed
+    width, whole = settings["dynamoe.experts"]
+    routed = cell.active["router"]
+    assert whole == 1.0
+    assert width == round(width, 3) > routed["active_mlp_fraction"]  # it asks no router
+    fields = [f"{name}={value}" for name, value in settings.items()]
+    cut = run_cell(lab.load_experiment("smoke", [*SMALL, "train.steps=0", *fields]), step=stepping[0])
+    assert cut.active["router"]["router"] == 0
+    assert 0.998 * routed["active_params"] < cut.active["router"]["active_params"] <= routed["active_params"]
+
+
+@pytest.mark.parametrize("neurons", [96, 256, 1536])
+@pytest.mark.parametrize("bias", [0, 64])  # of the down projections: a cut does not save it
+def test_a_static_cut_is_the_widest_that_is_no_dearer(cell, neurons, bias):
+    """Also where rounding to whole neurons adds half a neuron: against a search through every width."""
+    per = 193
+    for budget in np.random.default_rng(0).uniform(0.3, 0.99, size=40) * neurons * per:
+        total = neurons * per + bias
+        active = pd.Series({"mlp_total": total, "mlp_active": budget - 500.0, "router": 500})
+        found = static_cut(replace(cell, active={"router": active}, neurons=neurons, neuron_params=per))
+        cheap = [n for n in range(1, 1000) if n / 1000 * total <= budget and round(n / 1000 * neurons) * per + bias <= budget]
+        assert found["dynamoe.experts"] == [max(cheap) / 1000, 1.0]
+
+
+def test_where_the_dense_model_is_as_cheap_there_is_no_static_cut(cell):
+    def routed(router: int):
+        active = pd.Series({"mlp_total": 1000, "mlp_active": 900.0, "router": router})
+        return replace(cell, active={"router": active}, neurons=1000, neuron_params=1)
+
+    assert [static_cut(routed(router)) is None for router in (0, 99, 100, 101)] == [False, False, True, True]
+    active = cell.active["label"]
+    with pytest.raises(InputError, match="no mode 'router' but label, 1"):
+        static_cut(replace(cell, active={"label": active, 1: active}))
+
+
+def test_a_neuron_is_counted_in_every_layer(cell):
+    from dynamoe_lab.evaluation import count_active_params
+
+    model, _ = lab.load_model(cell.checkpoint)
+    model.set_routing(0)
+    narrow = count_active_params(model).iloc[-1]
+    assert cell.neurons == 256
+    assert narrow["mlp_total"] - narrow["mlp_active"] == (256 - 64) * cell.neuron_params
 
 
 @pytest.mark.parametrize("mode", ["rooter", 4, -1, True, None])

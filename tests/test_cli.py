@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,52 @@ def test_a_sweeps_end_is_told_and_written(project, monkeypatch):
     assert "calibration  1 of 4 failed" in call("ls").stdout
 
 
+@pytest.mark.parametrize("output", [None, "elsewhere/my table", "../../outside"])
+def test_the_table_to_draw_is_named_from_the_root_wherever_one_stands(project, tmp_path, monkeypatch, output):
+    """The printed word goes through a shell into `read_sweep`, which starts at the project root."""
+    import pandas as pd
+
+    from dynamoe_lab.workbench import sweep
+    from dynamoe_lab.workbench.sweep_table import read_sweep
+
+    def ended(chosen, **asked):
+        plans = chosen.resolve("smoke")
+        result = sweep.SweepResult(chosen, plans, [sweep.Outcome(plan.number, plan.settings) for plan in plans], {1: object()})
+        result.table = pd.DataFrame({"cell": [1], "mode": "router", "metric": "m", "value": 1.5, "status": "ok"})
+        return result
+
+    monkeypatch.setattr(sweep, "run_sweep", ended)
+    monkeypatch.chdir(project / "notebooks")
+    done = call("sweep", "calibration", *(["--output", output] if output else []))
+    assert done.exit_code == 0, done.output
+    *words, pair = shlex.split(done.stdout.splitlines()[-1].removeprefix("draw it: "))
+    assert words == ["dynamoe-lab", "run", "20", "-p"]
+    place = pair.removeprefix("sweep=")
+    places = {None: "reports/sweeps/calibration", "elsewhere/my table": "notebooks/elsewhere/my table"}
+    assert place == f"{places.get(output, tmp_path / 'outside')}/sweep.csv"
+    assert read_sweep(place)["value"].tolist() == [1.5]
+
+
+@pytest.mark.assets
+def test_convert_and_train_into_the_folder_one_stands_in(home, project, monkeypatch):
+    import dynamoe_lab as lab
+
+    monkeypatch.setenv("DYNAMOE_LAB_HOME", str(home))
+    few = ["--profile", "smoke", "-p", "data.calibration_tokens=512", "-p", "train.steps=1"]
+    for command in ("convert", "train"):
+        place = project / command
+        place.mkdir()
+        monkeypatch.chdir(place)
+        before = place.stat().st_ino
+        done = call(command, "smollm2-pico", "--output", ".", *few)
+        assert done.exit_code == 0, done.output
+        assert place.stat().st_ino == before == Path.cwd().stat().st_ino  # the shell is not left in a folder that is gone
+        assert not [path.name for path in place.iterdir() if path.name.startswith(".")]
+        checkpoint = place if command == "convert" else place / "checkpoint"
+        assert lab.load_model(checkpoint)[0].moe.num_experts == 4
+    assert sorted(path.name for path in project.iterdir() if path.is_dir()) == ["configs", "convert", "notebooks", "train"]
+
+
 @pytest.mark.assets
 def test_convert_and_train_from_a_shell(home, project, monkeypatch):
     """Dense -> converted -> trained, and dense -> trained at once, give the same weights; both folders load, a second call only reads."""
@@ -161,6 +208,9 @@ def test_convert_and_train_from_a_shell(home, project, monkeypatch):
     assert "steps: runs/trained/steps.csv" in done.stdout
     steps = pd.read_csv("runs/trained/steps.csv")
     assert steps["step"].tolist() == [1, 2]
+    settings = json.loads((project / "runs" / "trained" / "dynamoe_lab.json").read_text())
+    assert settings["dynamoe"]["theta"] == 0.8  # the checkpoint's own, not the profile's
+    assert settings["train"]["steps"] == 2
     written = (project / "runs" / "trained" / "checkpoint" / "model.safetensors").stat().st_mtime_ns
     assert call("train", "converted", "--output", "runs/trained", *few, *short).exit_code == 0
     assert (project / "runs" / "trained" / "checkpoint" / "model.safetensors").stat().st_mtime_ns == written

@@ -69,8 +69,8 @@ class TestDifficulty:
         assert "are not distinguishable" in sentence
         easy = similarity.assign(similarity_0=np.where(similarity["domain"] == "code", 1.0, similarity["similarity_0"]))
         assert "the extremes, code and c4, differ" in difficulty_domain_finding(difficulty_by_domain(easy, 0.6, fractions=FRACTIONS))
-        with pytest.raises(InputError, match=r"^difficulty_domain_finding: needs rows"):
-            difficulty_domain_finding(difficulty_by_domain(similarity[similarity["domain"] == "c4"], 0.6, fractions=FRACTIONS))
+        alone = difficulty_by_domain(similarity[similarity["domain"] == "c4"], 0.6, fractions=FRACTIONS)
+        assert difficulty_domain_finding(alone).endswith("; with one domain there is nothing to compare.")
 
 
 class TestPareto:
@@ -93,7 +93,10 @@ class TestPareto:
     def test_seeds_dominated_points_and_untrained_labels(self):
         rows = make_pareto([("router", 0.9, 0, 1000, 0.6, 1.0), ("router", 0.9, 1, 1000, 0.6, 4.0), ("static", np.nan, 0, 1000, 0.5, 1.5)])
         sentence = pareto_finding(rows)
-        assert "98 M active parameters, 2.00 times the dense perplexity (0.90 to 4.40, mean and span of 2 seeds; dominated)" in sentence
+        assert (
+            "98 M active parameters, 2.00 times the dense perplexity (0.90 to 4.40, mean and span of 2 seeds; dominated, by point "
+            "estimates)" in sentence
+        )
         labels = pareto_finding(make_pareto([("label", 0.9, 0, 0, 0.6, 2.8)]))
         assert labels.startswith("Routing by the labels, which cost a full MLP to compute, without training, on n = 9 documents: θ = 0.9:")
         with pytest.raises(InputError, match="neither a trained router nor labels"):
@@ -111,12 +114,13 @@ class TestPareto:
             "Routing beside a static cut trained alike, paired by document (n = 25 documents, 8,160 tokens): θ = 0.9 after 40,960 "
             "tokens of training, 66 % of the MLP neurons against a static 66 % (the same number of active parameters, "
             "the router's included): perplexity below the static cut's, ratio 0.800 "
-            "(95 % interval 0.760 to 0.840), choosing by token pays."
+            "(95 % interval 0.760 to 0.840 over documents, of 1 training seed), choosing by token pays."
         )
         assert "not distinguishable from the static cut's, ratio 0.980" in static_finding(self.comparison(0.98))
         assert "not shown to pay" in static_finding(self.comparison(0.98))
-        assert "above the static cut's, ratio 1.200 (95 % interval 1.140 to 1.260), the static cut is better" in static_finding(
-            self.comparison(1.2)
+        assert (
+            "above the static cut's, ratio 1.200 (95 % interval 1.140 to 1.260 over documents, of 1 training seed), "
+            "the static cut is better" in static_finding(self.comparison(1.2))
         )
         assert "not shown to pay" in static_finding(self.comparison(0.5, low=np.nan, high=np.nan))
 
@@ -131,6 +135,9 @@ class TestPareto:
     def test_seeds_must_agree(self):
         agree = pd.concat([self.comparison(0.8), self.comparison(0.9, seed=1)])
         assert "below the static cut's, ratio 0.849 (mean of 2 seeds, 0.800 to 0.900), choosing by token pays" in static_finding(agree)
+        widths = pd.concat([self.comparison(0.8, static=0.68), self.comparison(0.9, static=0.72, seed=1)])
+        assert static_finding(widths).count("θ = 0.9") == 1, "every seed's cut has a width of its own"
+        assert "against a static 70 %" in static_finding(widths)
         differ = static_finding(pd.concat([self.comparison(0.8), self.comparison(1.1, seed=1)]))
         assert "below in 1 and above in 1 of the intervals), choosing by token is not shown to pay" in differ
 
@@ -156,7 +163,7 @@ class TestCollapse:
         )
         assert "; λ = 1: no layer of 2 collapsed (1 at 95 %), " in sentence
         assert sentence.endswith("1 seed.")
-        assert "does not hold" not in sentence
+        assert "not every layer" not in sentence
         assert sentence.count(". ") == 0
 
     def test_a_caption_says_what_both_gradients_did(self):
@@ -164,8 +171,8 @@ class TestCollapse:
         runs = {(0.0, "straight_through", 0): [fixed, fixed], (0.0, "none", 0): [free, fixed], (1.0, "none", 0): [free, free]}
         assert collapse_verdict(self.frames(runs)[0], fractions=FRACTIONS) == (
             "Without supervision (λ = 0) 1 of 2 layers collapsed to one expert under the none gradient, where expert 100 % takes "
-            "62 % of all tokens; all 2 layers collapsed to one expert under the straight-through gradient, where expert 100 % takes "
-            "100 % of all tokens."
+            "62 % of all tokens and 81 % of the MLP neurons run; all 2 layers collapsed to one expert under the straight-through gradient, "
+            "where expert 100 % takes 100 % of all tokens and 100 % of the MLP neurons run; with λ = 1 (none) 62 % of the MLP neurons run."
         )
         assert collapse_verdict(self.frames({(1.0, "none", 0): [free, free]})[0]) == "No run was without supervision (λ = 0)."
 
@@ -177,7 +184,9 @@ class TestCollapse:
         assert "λ = 0 (none): 0 to 1 of 2 layers collapsed, all of them to expert 3" in sentence
         assert "2.00 bits told by the token's id" not in sentence  # the mean over a free and a half-fixed run
         assert "λ = 0 (straight-through): all 2 layers collapsed" in sentence
-        assert "2 seeds; that every layer collapses without supervision does not hold here for the none gradient." in sentence
+        assert sentence.endswith("2 seeds; not every layer had collapsed without supervision for the none gradient.")
+        dated = collapse_finding(*self.frames(runs), train_tokens=20_480)
+        assert "; after 20,480 tokens of training not every layer had collapsed without supervision for the none gradient." in dated
 
 
 class TestAblation:

@@ -208,6 +208,33 @@ class TestAblation:
         assert table["number"].isna().all()
         assert set(table["facet"]) == {""}
 
+    def test_what_goes_with_the_axis_is_no_axis_of_its_own(self):
+        sweep = make_sweep(["router", "0", "1"], [1.0, 2.0, 3.0], axis="dynamoe.train_route")
+        sweep["dynamoe.lambda_router"] = [1.0, 0.0, 0.0]
+        table = ablation_table(sweep, axis="dynamoe.train_route")
+        assert len(table) == 3
+        assert set(table["facet"]) == {""}
+        assert set(ablation_table(sweep, axis="dynamoe.lambda_router")["facet"]) == {"router", "0", "1"}
+
+    def test_an_axis_that_is_none_is_refused(self):
+        with pytest.raises(InputError, match=r"axis 'mode' is no field that the sweep varies; it has dynamoe\.importance"):
+            ablation_table(make_sweep(["a", "b"], [1.0, 2.0]), axis="mode")
+
+    def test_numbers_that_agree_in_six_digits_stay_apart(self):
+        table = ablation_table(
+            make_sweep([1_048_576, 1_048_580], [2.0, 1.5], axis="data.calibration_tokens"), axis="data.calibration_tokens"
+        )
+        assert table["setting"].tolist() == ["1048576", "1048580"]
+        assert table["seeds"].tolist() == [1, 1]
+
+    def test_less_compute_is_the_better_compute(self):
+        table = ablation_table(
+            make_sweep([0.8, 0.9], [0.4, 0.7], axis="dynamoe.theta", metric="active_mlp_fraction"),
+            axis="dynamoe.theta",
+            metric="active_mlp_fraction",
+        )
+        assert rank_settings(table).best["setting"] == "0.8"
+
     def test_lists_read_the_same_from_memory_and_from_csv(self, tmp_path):
         sweep = make_sweep([[0.5, 1.0], [0.25, 0.5, 1.0]], [1.0, 2.0], axis="dynamoe.experts")
         sweep.to_csv(tmp_path / "sweep.csv", index=False)

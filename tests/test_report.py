@@ -127,6 +127,21 @@ def test_the_page_asks_no_other_host_for_anything(report):
     assert "<script" not in text
 
 
+def test_the_page_forbids_what_it_does_not_need(report):
+    """No script, no frame, no form, no other host: images of the folder and the page's own styles."""
+    text = build_report(report).read_text()
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', text)
+    assert policy.group(1).split("; ") == [
+        "default-src 'none'",
+        "img-src 'self' data:",
+        "style-src 'unsafe-inline'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    assert policy.start() < min(text.index("<style"), text.index("<link"), text.index("<title"))
+    assert "figure .text { contain: content;" in text  # what a fragment positions stays in its frame
+
+
 def test_hostile_text_stays_text(tmp_path):
     report = tmp_path / "quick"
     error = RunError(HOSTILE, HOSTILE, 3, HOSTILE, [HOSTILE])

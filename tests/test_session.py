@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.records import effective_status, load_record
 from dynamoe_lab.workbench.session import start
 
@@ -26,6 +27,10 @@ def doubled(x: int) -> pd.DataFrame:
 def leaves_a_file(x: int, *, output_dir) -> int:
     (Path(output_dir) / "note.txt").write_text(str(x))
     return x
+
+
+def counted(blocks: list, *, scale: int) -> dict:
+    return {"count": scale * len(blocks)}
 
 
 @pytest.fixture
@@ -144,6 +149,25 @@ def test_a_text_is_kept_without_what_runs_or_loads(project):
     run.finish()
     assert load_record(run.folder).results.fragments[0].files[0].name == "text.html"
     assert sorted(path.name for path in run.folder.glob("*.html")) == ["notebook.html", "text.html"]
+
+
+def test_a_text_has_no_ids_and_stays_in_its_place(project):
+    run = start("a", profile="smoke")
+    sheet = "<style>p{position:fixed;color:#222}</style>"
+    run.html(f"<p id='findings' style='position: fixed; top: 0; color: red'>b</p>{sheet}", "text", caption="c")
+    kept = (run.folder / "text.html").read_text()
+    assert "color: red" in kept
+    assert "color:#222" in kept
+    assert "id=" not in kept
+    assert "position" not in kept
+
+
+def test_steps_are_recorded_with_what_they_were_given(project):
+    run = start("a", profile="smoke")
+    run.step(counted, ["a", "b"], scale=2)
+    marks = load_record(run.folder).env.fingerprints
+    assert list(marks) == ["counted.blocks"]
+    assert marks["counted.blocks"] == fingerprint(["a", "b"])
 
 
 def test_steps_are_recorded_and_shared(project):

@@ -115,8 +115,16 @@ def test_documents_without_any_denominator_do_not_spoil_the_interval():
 
 def test_nothing_to_divide_by_is_nan_and_not_an_error():
     assert np.isnan(ratio_of_sums([0.0, 0.0], [0.0, 0.0])[:3]).all()
-    table = bootstrap_sums(np.array([[1.0, 0.0], [3.0, 0.0]]), lambda totals: totals / totals)
+    table = bootstrap_sums(np.array([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]]), lambda totals: totals / totals)
     assert table.low == pytest.approx([1, np.nan], nan_ok=True)
+
+
+def test_two_clusters_give_no_interval():
+    """Their resamples are the two and their mean: the interval would be their range at any confidence."""
+    two = ratio_of_sums([1.0, 3.0], [1.0, 1.0])
+    assert (two.value, two.n) == (2.0, 2)
+    assert np.isnan([two.low, two.high]).all()
+    assert ratio_of_sums([1.0, 3.0, 2.0], [1.0, 1.0, 1.0]).low < 2
 
 
 def test_map_carries_all_three_numbers():

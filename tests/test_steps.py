@@ -400,3 +400,11 @@ def _importable_counter(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     return importlib.import_module("counting_steps").count
+
+
+def test_sources_that_make_no_results_are_there():
+    """A name of something that is gone would leave nothing aside and say nothing."""
+    from dynamoe_lab.workbench import environment
+
+    root = environment.package_root()
+    assert [name for name in environment.ROOMS_WITHOUT_RESULTS if not (root / name).exists()] == []

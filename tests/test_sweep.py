@@ -25,6 +25,7 @@ from dynamoe_lab.workbench.sweep_file import shipped_sweeps
 from dynamoe_lab.workbench.sweep_table import read_sweep, write_sweep
 
 CHECKOUT = Path(__file__).parents[1]
+COLUMNS = ["mode", "metric", "value", "low", "high", "n", "active_mlp_fraction", "active_params", "train_tokens", "status", "error"]
 SMALL = ["train.steps=2", "data.heldout_tokens=512", "data.calibration_tokens=512"]
 
 
@@ -90,6 +91,36 @@ def test_values_of_a_notebook_are_values_of_a_file():
     plans = Sweep(profile="smoke", axes={"dynamoe.theta": np.linspace(0.5, 0.7, 2), "dynamoe.experts": [(0.5, 1.0)]}).resolve()
     assert [plan.settings for plan in plans] == [{"dynamoe.theta": theta, "dynamoe.experts": [0.5, 1.0]} for theta in (0.5, 0.7)]
     json.dumps([plan.settings for plan in plans])
+
+
+@pytest.mark.parametrize("value", [0.9, "router", None, {"a": 0.9}, np.float64(0.9), np.array(0.9)])
+def test_an_axis_that_is_no_list_is_one_line(project, value):
+    """A notebook's axes are not checked by OmegaConf, and a text is a sequence, of letters."""
+    with pytest.raises(InputError, match=r"the axis dynamoe\.theta is .*give a list of values") as caught:
+        start("06_pareto", profile="smoke").sweep(axes={"dynamoe.theta": value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cell", [None, "dynamoe.theta", 3])
+def test_a_cell_that_is_no_mapping_is_one_line(project, cell):
+    with pytest.raises(InputError, match=r"the cell .* is no mapping"):
+        start("06_pareto", profile="smoke").sweep(cells=[{"dynamoe.theta": 0.8}, cell])
+
+
+def test_ranges_and_arrays_are_lists():
+    axes = {"train.seed": range(2), "dynamoe.theta": pd.Series([0.5, 0.6])}
+    assert len(Sweep(profile="smoke", axes=axes).resolve()) == 4
+
+
+def test_computed_cells_may_be_none_but_a_file_has_something_to_do(project):
+    run = start("06_pareto", profile="smoke")
+    for result in (run.sweep(cells=[]), run.sweep({}, cells=[])):
+        assert (result.cells, result.failed, result.outcomes) == ([], [], [])
+        assert len(result.table) == 0
+        assert list(result.table.columns) == ["cell", *COLUMNS]
+    for nothing in ({}, {"axes": {}}, {"file": write(project, "title: nothing")}):
+        with pytest.raises(InputError, match="nothing to do"):
+            run.sweep(**nothing)
 
 
 @pytest.mark.parametrize(
@@ -209,8 +240,7 @@ def test_what_is_finished_is_only_read(done, home, monkeypatch):
 def test_the_table_is_tidy_and_agrees_with_the_losses(done):
     _, result, _ = done
     table = result.table
-    values = ["mode", "metric", "value", "low", "high", "n", "active_mlp_fraction", "active_params", "train_tokens", "status", "error"]
-    assert list(table.columns) == ["cell", "train.seed", "dynamoe.experts", "train.steps", *values]
+    assert list(table.columns) == ["cell", "train.seed", "dynamoe.experts", "train.steps", *COLUMNS]
     assert not table.duplicated(["cell", "mode", "metric"]).any()
     (failed,) = table[table["status"] == "failed"].to_dict("records")
     assert (failed["cell"], failed["dynamoe.experts"], math.isnan(failed["value"])) == (3, "[0.001, 1.0]", True)
@@ -260,6 +290,12 @@ def test_a_notebooks_sweep_starts_from_its_experiment_and_records_the_steps(done
     used = load_record(run.folder).results.steps
     assert len({use.key for use in used}) == len(used)
     assert {use.function for use in used} == {"calibrate", "train", "document_losses", "trace_routing"}
+    marks = load_record(run.folder).env.fingerprints  # what the steps were given, as `Run.step` records it
+    assert {name.partition(".")[0] for name in marks} == {use.function for use in used}
+    trained = [outcome.fingerprints["train.blocks"] for outcome in again.outcomes]
+    assert marks["train.blocks"] == trained[0] == trained[1]
+    assert marks["trace_routing.model"] == " | ".join(outcome.fingerprints["trace_routing.model"] for outcome in again.outcomes)
+    assert marks["trace_routing.model"].count(" | ") == 1  # two seeds, two models
     with pytest.raises(SweepFailed, match=r"1 of 1 cells failed: dynamoe\.experts=\[0\.001, 1\.0\]: convert"):
         run.sweep(cells=[{"dynamoe.experts": [0.001, 1.0]}], overrides=["train.seed=0"])
     with pytest.raises(InputError, match="not both"):
@@ -339,6 +375,7 @@ def test_stopped_or_killed_no_process_is_left_and_finished_steps_are(home, proje
 def test_a_written_table_is_read_back(tmp_path):
     rows = [(1, "l2", "label", "perplexity_ratio", 1.5, "ok"), (2, "abs", "1", "perplexity_ratio", 2.5, "ok")]
     written = pd.DataFrame(rows, columns=["cell", "dynamoe.importance", "mode", "metric", "value", "status"])
+    written["mode"] = written["mode"].astype(object)  # pandas 3 has a type of its own for texts
     written.to_csv(tmp_path / "sweep.csv", index=False)
     pd.testing.assert_frame_equal(read_sweep(tmp_path / "sweep.csv"), written)
 

@@ -23,6 +23,7 @@ from dynamoe_lab.errors import InputError
 
 __all__ = ["Interval", "bootstrap_sums", "paired_difference", "ratio_of_sums"]
 
+FEWEST = 3  # clusters; the interval of two would be their range, whatever the confidence
 _CHUNK = 4_000_000  # multiplicities held at once, so that memory does not grow with resamples x documents
 
 
@@ -30,7 +31,7 @@ class Interval(NamedTuple):
     """A number with its confidence interval; floats, or arrays of one shape from `bootstrap_sums`."""
 
     value: float  # on the sample itself
-    low: float  # nan when the sample has one cluster and says nothing about its spread
+    low: float  # nan when the sample has one or two clusters and says nothing about its spread
     high: float
     n: int  # clusters resampled
 
@@ -58,8 +59,8 @@ def bootstrap_sums(
         seed: the same seed and clusters in the same order give the same interval.
 
     Returns:
-        Interval of arrays of shape [*out]. `low` and `high` are nan with one cluster, and where no resample
-        gives a finite value.
+        Interval of arrays of shape [*out]. `low` and `high` are nan with fewer than three clusters, whose resamples
+        are the clusters themselves, and where no resample gives a finite value.
     """
     sums = np.asarray(sums, dtype=np.float64)
     if sums.ndim < 1 or not len(sums):
@@ -72,8 +73,8 @@ def bootstrap_sums(
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is an honest nan
         value = np.asarray(statistic(sums.sum(axis=0)), dtype=np.float64)
         low, high = np.full_like(value, np.nan), np.full_like(value, np.nan)
-        if clusters == 1:
-            return Interval(value[()], low[()], high[()], 1)
+        if clusters < FEWEST:
+            return Interval(value[()], low[()], high[()], clusters)
         rng = np.random.default_rng(seed)
         flat = sums.reshape(clusters, -1)
         parts = []

@@ -37,7 +37,7 @@ class Family:
     intermediate_size: str = "intermediate_size"  # the config's name for the number of neurons H
     residual_norm: str = "post_attention_layernorm"  # the norm before the MLP; its input is the residual stream r
     norm_first: str | None = None  # config field: where it is false, residual_norm follows the sum, and r is the MLP's own input
-    output_norm: str | None = None  # norm between the MLP's output and the sum: errors of an output count after it
+    output_norm: str | None = None  # norm between the MLP's output and the sum; the cosine label compares outputs before it
     parallel: bool | str = False  # attention and MLP both start from the layer's input, which then is r; a string: the config field
 
     @property

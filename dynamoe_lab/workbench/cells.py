@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dynamoe_lab.config import Experiment
     from dynamoe_lab.data import Blocks
 
-__all__ = ["Cell", "Inputs", "check_modes", "run_cell"]
+__all__ = ["Cell", "Inputs", "check_modes", "run_cell", "static_cut"]
 
 Mode = str | int
 MODES = ("router", "label", "full", "random")  # and the index of an expert
@@ -30,12 +30,14 @@ class Cell:
 
     experiment: "Experiment"
     steps: "pd.DataFrame | None"  # table `steps` of training; None: not trained
-    traces: "dict[Mode, pd.DataFrame]"  # mode -> table `routing`; a fixed width has none, it routes nothing
+    traces: "dict[Mode, pd.DataFrame]"  # measured mode -> table `routing`; a fixed width has none, it routes nothing
     losses: "dict[Mode, pd.DataFrame]"  # mode -> one row a document: document, nll, tokens, positions, active_mlp_fraction
     reference: "pd.DataFrame"  # `document_losses` of the dense model
     active: "dict[Mode, pd.Series]"  # mode -> the whole model's row of `count_active_params`
     checkpoint: Path | None  # folder of the trained model
     train_tokens: int  # 0: not trained
+    neurons: int = 0  # of each MLP
+    neuron_params: int = 0  # parameters of one neuron of every MLP together
     settings: dict[str, Any] = field(default_factory=dict)  # the fields that a sweep set, by dotted name
 
 
@@ -110,7 +112,8 @@ def run_cell(
 
     Args:
         experiment: `train.steps = 0` leaves the model as it was converted. With `dynamoe.train_route` an expert's index (a fixed width for
-            every token: the static control) mode "router" is that index, for its routers were never followed.
+            every token: the static control) the modes "router" and "random" are that index, for its routers were never followed: drawing
+            with all shares on one expert is that expert.
         modes: routings that are measured on the held-out text: "router", "label", "full", an expert's index, or "random", drawn with the
             router's own shares in every layer from `experiment.seed`.
         step: calls a function through the step cache, as `Run.step` does.
@@ -139,25 +142,29 @@ def run_cell(
     heldout = inputs.blocks(experiment, "heldout")
     measured = {"batch_size": experiment.evaluate.batch_size}
     reference = step(document_losses, dense, heldout, **measured)
-    traces, losses, active = {}, {}, {}
+    traces, losses, active, routed = {}, {}, {}, None
+
+    def routed_by_routers() -> "pd.DataFrame":
+        nonlocal routed
+        if routed is None:
+            model.set_routing("router")
+            routed = step(trace_routing, model, heldout, **measured, run="router")
+        return routed
+
     for mode in modes:
-        width = method.train_route if mode == "router" and isinstance(method.train_route, int) else mode
-        options = {}
-        if mode == "random":
-            if "router" not in traces:
-                model.set_routing("router")
-                traces["router"] = step(trace_routing, model, heldout, **measured, run="router")
-            shares = expert_usage(traces["router"], theta=method.theta, experts=method.num_experts)
-            options = {"shares": shares, "seed": experiment.seed}
-        model.set_routing(width, **options)
+        width = method.train_route if mode in ("router", "random") and isinstance(method.train_route, int) else mode
+        if width == "random":
+            shares = expert_usage(routed_by_routers(), theta=method.theta, experts=method.num_experts)
+            model.set_routing("random", shares=shares, seed=experiment.seed)
+        else:
+            model.set_routing(width)
         if width == "full" or isinstance(width, int):  # no routing to trace, and only the prefix to compute
             active[mode] = count_active_params(model, run=str(mode)).iloc[-1]
             losses[mode] = step(document_losses, model, heldout, **measured)
             losses[mode]["positions"] = losses[mode]["tokens"]
             losses[mode]["active_mlp_fraction"] = active[mode]["active_mlp_fraction"]
         else:
-            if mode not in traces:
-                traces[mode] = step(trace_routing, model, heldout, **measured, run=mode)
+            traces[mode] = routed_by_routers() if mode == "router" else step(trace_routing, model, heldout, **measured, run=mode)
             active[mode] = count_active_params(model, traces[mode], run=mode).iloc[-1]
             losses[mode] = routed_losses(traces[mode], fractions=method.experts)
     return Cell(
@@ -169,4 +176,48 @@ def run_cell(
         active=active,
         checkpoint=checkpoint,
         train_tokens=0 if steps is None else int(steps["tokens"].iloc[-1]),
+        neurons=model.nested_mlps()[0].sizes[-1],
+        neuron_params=sum(_neuron_params(mlp) for mlp in model.nested_mlps()),
     )
+
+
+def _neuron_params(mlp: Any) -> int:
+    from dynamoe_lab.evaluation.cost import expert_params
+
+    shared = 0 if mlp.down.bias is None else mlp.down.bias.numel()
+    return (expert_params(mlp)[-1] - shared) // mlp.sizes[-1]
+
+
+def static_cut(cell: Cell) -> dict[str, Any] | None:
+    """The static control of a routed cell: one width for all tokens, trained the same way, that costs what the routed model costs.
+
+    The cut asks no router, so at the same number of active parameters its MLPs are wider than the routed model's are on average: its width
+    is the largest multiple of 1/1000 of the MLP whose parameters are no more than those of the cell's active MLPs and routers.
+
+    Args:
+        cell: a cell with mode "router".
+
+    Returns:
+        Settings for `run.sweep(cells=[...], modes=["router"])`: theta and train.seed of the cell, experts [width, 1.0], every token sent to
+        the first, no router loss; other fields are those of the run. None if the dense model is as cheap.
+
+    Raises:
+        InputError: the cell was measured without mode "router".
+    """
+    if "router" not in cell.active:
+        raise InputError(f"static_cut: the cell has no mode 'router' but {', '.join(map(str, cell.active))}; measure it with router, too")
+    active = cell.active["router"]
+    total, budget = float(active["mlp_total"]), float(active["mlp_active"] + active["router"])
+    if budget >= total:
+        return None
+    thousandths = int(1000 * budget // total)
+    neurons = cell.neurons
+    while neurons and thousandths > 1 and total - (neurons - round(thousandths / 1000 * neurons)) * cell.neuron_params > budget:
+        thousandths -= 1  # a width becomes whole neurons, and this one was rounded up
+    return {
+        "dynamoe.theta": cell.experiment.dynamoe.theta,
+        "train.seed": cell.experiment.train.seed,
+        "dynamoe.experts": [thousandths / 1000, 1.0],
+        "dynamoe.train_route": 0,
+        "dynamoe.lambda_router": 0.0,
+    }

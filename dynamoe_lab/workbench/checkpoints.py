@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,8 @@ def convert_to_folder(
 
     Args:
         model: an offline asset, a folder or a Hub id.
-        output: a folder that does not exist yet, or is empty.
+        output: a folder that does not exist yet, or is empty; one that exists stays the same folder (a shell may stand in it), and
+            config.json, without which nothing loads it, comes last.
         given: `key=value` experiment fields.
 
     Raises:
@@ -71,14 +72,20 @@ def convert_to_folder(
     environment.seed_generators(experiment.seed, experiment.threads)
     dense, tokenizer = _loaded(experiment)
     converted = convert(dense, experiment.dynamoe, calibration=_blocks(experiment, tokenizer, "calibration"))
-    scratch = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(os.path.abspath(output))  # `.` has no name of its own
+    there, name = folder.exists(), f".{folder.name}.{os.getpid()}.tmp"
+    scratch = folder / name if there else folder.with_name(name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with told_when_full(output, "free some, or choose another --output"):
         try:
             converted.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
             write_json(scratch / SETTINGS, without_paths(json.loads(json.dumps(asdict(experiment)))))
-            os.replace(scratch, output)
+            if there:
+                for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):
+                    os.replace(path, folder / path.name)
+            else:
+                os.replace(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     say(f"{_described(converted)}\nconverted: {output}")
@@ -91,7 +98,7 @@ def train_to_folder(
 
     Args:
         model: a converted checkpoint, or a dense model by any name that `load_model` takes.
-        output: gets `checkpoint/` (with the tokenizer) and `steps.csv`.
+        output: gets `checkpoint/` (with the tokenizer), `steps.csv`, and the experiment with the model's own dynamoe.* settings.
         given: `key=value` experiment fields. A converted checkpoint has its own dynamoe.* settings.
 
     Raises:
@@ -116,10 +123,11 @@ def train_to_folder(
     elif own := [pair for pair in given if pair.startswith("dynamoe.")]:
         raise InputError(f"-p {own[0]}: {model} is converted already and keeps its settings; convert its dense parent again to change them")
     blocks = _blocks(experiment, tokenizer, "train")
+    folder = Path(os.path.abspath(output))
     with told_when_full(output, "free some, or choose another --output"):
-        steps = train(network, blocks, experiment.train, output_dir=output, tokenizer=tokenizer)
-        write_json(output / SETTINGS, without_paths(json.loads(json.dumps(asdict(experiment)))))
-        write_atomic(output / "steps.csv", steps.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        steps = train(network, blocks, experiment.train, output_dir=folder, tokenizer=tokenizer)
+        write_json(folder / SETTINGS, without_paths(json.loads(json.dumps(asdict(replace(experiment, dynamoe=network.moe))))))
+        write_atomic(folder / "steps.csv", steps.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     last = steps.iloc[-1]
     reached = f"LM loss {last['lm_loss']:.3f}, router accuracy {last['router_accuracy']:.1%} in the last step"
     say(f"{_described(network)}\n{int(last['step'])} steps, {int(last['tokens']):,} tokens: {reached}")

@@ -8,6 +8,7 @@ command needs it, so `--help` answers at once.
 
 import functools
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -124,10 +125,11 @@ def sweep(
     folder = Path(os.path.abspath(output)) if output else root / "reports" / "sweeps" / chosen.name
     result = run_sweep(chosen, profile=profile, overrides=parameter or (), jobs=jobs, home=home(), progress=typer.echo)
     command = sweep_command(file, profile, parameter or (), output)
-    csv = os.path.relpath(write_sweep(result, folder, root=root, command=command))
-    typer.echo(f"table: {csv}")
-    if result.cells:
-        typer.echo(f"draw it: dynamoe-lab run 20 -p sweep={csv}")
+    csv = write_sweep(result, folder, root=root, command=command)
+    typer.echo(f"table: {os.path.relpath(csv)}")
+    if result.cells:  # `read_sweep` starts at the root, wherever the command is typed
+        place = csv.relative_to(root).as_posix() if csv.is_relative_to(root) else str(csv)
+        typer.echo(f"draw it: dynamoe-lab run 20 -p {shlex.quote(f'sweep={place}')}")
     for outcome in result.failed:
         typer.echo(f"cell {outcome.number} failed: {outcome}", err=True)
         if _debug and outcome.traceback:

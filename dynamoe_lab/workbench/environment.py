@@ -48,7 +48,6 @@ PACKAGES = (
 # Sources that draw, tell and book-keep: a change in them leaves the result of a step as it was. (analysis/statistics.py makes intervals.)
 ROOMS_WITHOUT_RESULTS = (
     "analysis/findings",
-    "analysis/findings.py",
     "analysis/plots",
     "analysis/style.py",
     "analysis/tokens.py",

@@ -1,17 +1,21 @@
 """An executed notebook made fit to publish: without paths of the machine, and as one HTML page that asks no other host for anything."""
 
 import re
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from dynamoe_lab.workbench.files import without_paths
 
-__all__ = ["clean_html", "introduction", "notebook_html", "tidied"]
+__all__ = ["clean_fragment", "clean_html", "introduction", "notebook_html", "tidied"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHEET = re.compile(r"<style[^>]*>(.*?)</style\s*>", re.DOTALL | re.IGNORECASE)
-_LOADS = re.compile(r"<|@import|url\s*\(", re.IGNORECASE)
+_LOADS = re.compile(r"<|\\|@import|url\s*\(|image-set", re.IGNORECASE)  # a backslash can hide the others
+_COMMENT = re.compile(r"/\*.*?(\*/|\Z)", re.DOTALL)
+# What leaves the place in the page where it stands.
+_LEAVES = re.compile(r"(?<![\w-])position\s*:(?!\s*(?:relative|absolute|static)\s*(?:[;}]|\Z))[^;}]*", re.IGNORECASE)
 
 
 def _words(text: str) -> set[str]:
@@ -27,7 +31,7 @@ _CSS = _words(
     "background background-color border border-bottom border-collapse border-color border-left border-radius border-right border-top "
     "bottom color display font font-family font-size font-style font-weight gap height left letter-spacing line-height margin "
     "margin-bottom margin-left margin-right margin-top max-width min-width opacity outline overflow overflow-x padding padding-bottom "
-    "padding-left padding-right padding-top position right text-align text-decoration top vertical-align white-space width"
+    "padding-left padding-right padding-top right text-align text-decoration top vertical-align white-space width"
 )
 # What a page without scripts can show, best first.
 _SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
@@ -73,16 +77,26 @@ def notebook_html(nb: Any, title: str) -> str:
 def clean_html(markup: Any) -> str:
     """Markup without scripts, frames, forms, handlers and addresses of images: what is not allowed shows as text.
 
-    Style sheets (pandas and `render_tokens` write them) are kept unless they could load something; the page's policy forbids that anyway.
+    Style sheets (pandas and `render_tokens` write them) are kept without comments and fixed positions, unless they could load something;
+    the policies of both pages forbid that anyway. Styles of single elements set no position.
     """
+    return _cleaned(markup, _allowed)
+
+
+def clean_fragment(markup: Any) -> str:
+    """`clean_html` for a part of the report page, whose links lead to ids: the part has none of its own."""
+    return _cleaned(markup, lambda tag, name, value: name != "id" and _allowed(tag, name, value))
+
+
+def _cleaned(markup: Any, allowed: Callable[[str, str, str], bool]) -> str:
     import bleach
     from bleach.css_sanitizer import CSSSanitizer
 
     text = markup.decode() if isinstance(markup, bytes) else str(markup)
-    sheets = [sheet for sheet in _SHEET.findall(text) if not _LOADS.search(sheet)]
+    sheets = [_LEAVES.sub("", _COMMENT.sub(" ", sheet)) for sheet in _SHEET.findall(text) if not _LOADS.search(sheet)]
     css = CSSSanitizer(allowed_css_properties=_CSS)
     cleaned = bleach.clean(
-        _SHEET.sub("", text), tags=_TAGS, attributes=_allowed, protocols=["http", "https", "mailto", "data"], css_sanitizer=css
+        _SHEET.sub("", text), tags=_TAGS, attributes=allowed, protocols=["http", "https", "mailto", "data"], css_sanitizer=css
     )
     return "".join(f"<style>{sheet}</style>" for sheet in sheets) + cleaned
 

@@ -156,7 +156,7 @@ class Environment:
     seeds: dict[str, int] = field(default_factory=dict)
     model: str = ""
     data: dict[str, str] = field(default_factory=dict)  # what was read for what
-    fingerprints: dict[str, str] = field(default_factory=dict)  # of the blocks and models that steps were given
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of the blocks and models that steps were given; " | " between a sweep's
 
 
 @dataclass

@@ -89,7 +89,7 @@ def build_report(folder: str | Path, *, expected: Sequence[str] | None = None) -
     made = {section.name for section in sections}
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    pages.filters |= {"number": number_text, "duration": duration, "memory": memory}
+    pages.filters |= {"unbroken": _unbroken, "number": number_text, "duration": duration, "memory": memory}
     html = pages.get_template("index.html.j2").render(
         profiles=profiles,
         facts=_facts(sections),
@@ -186,6 +186,11 @@ def _headlines(sections: list[_Section]) -> list[tuple[_Section, Finding]]:
     rank = {number: place for place, number in enumerate(READING_ORDER)}
     ordered = sorted(sections, key=lambda section: rank.get(section.name[:2], len(rank)))  # stable: the others keep their order
     return [(section, finding) for section in ordered for finding in section.record.results.findings if finding.headline]
+
+
+def _unbroken(text: str) -> str:
+    """A sentence whose numbers keep their signs and units on one line."""
+    return text.replace(" %", "\u00a0%").replace(" = ", "\u00a0=\u00a0")
 
 
 # --- the page as a whole -----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from dynamoe_lab.workbench.records import (
     now,
     process_identity,
 )
-from dynamoe_lab.workbench.steps import run_step
+from dynamoe_lab.workbench.steps import recorded_inputs, run_step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,9 +135,7 @@ class Run:
         self._seed()  # a step's result must not depend on which steps were computed, not read, before it
         done = run_step(function, args, kwargs, home=home())
         self.record.results.steps.append(StepUse(function.__name__, done.key, done.cached, done.seconds, done.stale))
-        for parameter, mark in done.inputs.items():
-            if parameter in ("blocks", "calibration", "heldout", "model", "dense", "reference"):
-                self.record.env.fingerprints[f"{function.__name__}.{parameter}"] = mark
+        self.record.env.fingerprints |= recorded_inputs(function, done)
         self._write()
         return done.value
 
@@ -155,14 +153,16 @@ class Run:
 
         Args:
             axes: field -> values, e.g. `{"dynamoe.theta": [0.8, 0.9]}`: a grid. A value here goes before one that the run was given.
-            cells: single cells, beside the grid or instead of it.
+            cells: single cells, beside the grid or instead of it; an empty list without axes is a sweep without cells, not a mistake, for a
+                notebook may compute them.
             file: a sweep file or its name instead of both; its profile does not count, the run has one.
             modes: who chooses the experts on the held-out text: "router" (the default), "label", "full", "random", an expert's index.
             overrides: experiment fields for every cell.
             jobs: cells at a time; None: as many as pairs of cores and memory allow.
 
         Returns:
-            The result: `.table` (table `sweep`) and `.cells`, each with its `settings`, traces and losses.
+            The result: `.table` (table `sweep`) and `.cells`, each with its `settings`, traces and losses. The record keeps the steps and
+            the fingerprints of what they were given (where cells differ, one after the other, joined by " | ").
 
         Raises:
             InputError: before anything runs, for what `Sweep.resolve` refuses.
@@ -178,13 +178,19 @@ class Run:
             sweep.modes = list(modes or sweep.modes)
         else:
             sweep = Sweep(name=self.name, axes=dict(axes or {}), cells=list(cells or []), modes=list(modes or ["router"]))
-        result = run_plans(sweep, sweep.resolve(self._profile, [*self._overrides, *overrides]), jobs=jobs, home=home())
+        none_wanted = cells is not None and not sweep.cells and not sweep.axes
+        plans = [] if none_wanted else sweep.resolve(self._profile, [*self._overrides, *overrides])
+        result = run_plans(sweep, plans, jobs=jobs, home=home())
         self._seed()
         uses = {}
         for use in (use for outcome in result.outcomes for use in outcome.steps):
             if use.key not in uses or not use.cached:  # cells share steps: one of them computed it
                 uses[use.key] = use
         self.record.results.steps += uses.values()
+        marks: dict[str, dict[str, None]] = {}
+        for name, mark in (item for outcome in result.outcomes for item in outcome.fingerprints.items()):
+            marks.setdefault(name, {})[mark] = None  # once each, in order
+        self.record.env.fingerprints |= {name: " | ".join(found) for name, found in marks.items()}
         self._write()
         if result.failed:
             raise SweepFailed(f"{len(result.failed)} of {len(result.outcomes)} cells failed: {'; '.join(map(str, result.failed))}")
@@ -195,10 +201,10 @@ class Run:
 
         Raises `InputError` as `figure` does.
         """
-        from dynamoe_lab.workbench.export import clean_html
+        from dynamoe_lab.workbench.export import clean_fragment
 
         self._check(stem, caption)
-        self._store(self.record.results.fragments, stem, caption, {f"{stem}.html": (clean_html(fragment) + "\n").encode("utf-8")})
+        self._store(self.record.results.fragments, stem, caption, {f"{stem}.html": (clean_fragment(fragment) + "\n").encode("utf-8")})
 
     def figure(self, ax: Any, stem: str, *, data: "pd.DataFrame", caption: str) -> None:
         """Write a figure as `<stem>.png` (150 dpi), `<stem>.svg` and the frame it draws as `<stem>.csv`.

@@ -25,9 +25,10 @@ from dynamoe_lab.workbench.files import file_digest, locked, read_json, told_whe
 from dynamoe_lab.workbench.fingerprint import describe, fingerprint, is_module
 from dynamoe_lab.workbench.results import read_result, write_result
 
-__all__ = ["STEP_FORMAT", "StepResult", "find_step", "run_step", "takes_output_dir"]
+__all__ = ["STEP_FORMAT", "StepResult", "find_step", "recorded_inputs", "run_step", "takes_output_dir"]
 
 RECOMPUTE_VARIABLE = "DYNAMOE_LAB_RECOMPUTE"  # set by `run --recompute` for the kernel: stale steps are computed again
+RECORDED = ("blocks", "calibration", "heldout", "model", "dense", "reference")  # parameters whose fingerprints a run's record keeps
 STEP_FORMAT = 1  # part of every key: raise it when results of an older format can no longer be read
 
 
@@ -103,6 +104,11 @@ def find_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any]
     except _Corrupt:
         return None
     return None if step is None or _unwanted(step, code) else _handed_out(call, folder, step, True, code)
+
+
+def recorded_inputs(function: Callable, done: StepResult) -> dict[str, str]:
+    """Fingerprints of the texts and models that a step was given, as a record names them: `train.model`, `train.blocks`."""
+    return {f"{function.__name__}.{parameter}": mark for parameter, mark in done.inputs.items() if parameter in RECORDED}
 
 
 def _handed_out(call: _Call, folder: Path, step: dict[str, Any], cached: bool, code: str) -> StepResult:

@@ -27,7 +27,7 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.cells import Cell, Inputs, run_cell
 from dynamoe_lab.workbench.records import StepUse
-from dynamoe_lab.workbench.steps import find_step, run_step
+from dynamoe_lab.workbench.steps import find_step, recorded_inputs, run_step
 from dynamoe_lab.workbench.sweep_file import Plan, Sweep, load_sweep, settings_text
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Outcome:
     cached: bool = False  # every step was there already
     threads: int | None = None  # of torch
     steps: list[StepUse] = field(default_factory=list)
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of the blocks and models that its steps were given, as a record has them
 
     def __str__(self) -> str:
         return settings_text(self.settings) + (f": {self.error}" if self.error else "")
@@ -186,6 +187,7 @@ def _attempt(
         else:
             found = run_step(function, args, kwargs, home=home)
         outcome.steps.append(StepUse(function.__name__, found.key, found.cached, found.seconds, found.stale))
+        outcome.fingerprints |= recorded_inputs(function, found)
         return found.value
 
     cell = None

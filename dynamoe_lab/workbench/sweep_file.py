@@ -15,7 +15,7 @@ Everything that can be wrong in it is found before anything runs.
 import difflib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,11 +68,14 @@ class Sweep(SweepFile):
         """Every cell with its whole experiment: profile < the file's overrides < `overrides` < the cell.
 
         Raises:
-            InputError: an unknown field, an impossible value, a mode that a cell does not have, an empty axis, no cell, or two cells that
-                are the same experiment.
+            InputError: an unknown field, an impossible value, a mode that a cell does not have, an axis that is no list or empty, a cell
+                that is no mapping, no cell, or two cells that are the same experiment.
         """
         from dynamoe_lab.config import field_names, load_experiment
 
+        for cell in self.cells:
+            if not isinstance(cell, Mapping):
+                raise InputError(f"sweep {self.name}: the cell {cell!r} is no mapping; give field -> value, e.g. {{'dynamoe.theta': 0.8}}")
         known = [name for name in field_names() if name != "profile"]
         for name in self.fields:
             if name not in known:
@@ -80,6 +83,8 @@ class Sweep(SweepFile):
                 hint = f"did you mean {near[0]}?" if near else "the fields are in configs/defaults.yaml"
                 raise InputError(f"sweep {self.name}: an experiment has no field {name!r}; {hint}")
         for name, values in self.axes.items():
+            if not _is_list(values):
+                raise InputError(f"sweep {self.name}: the axis {name} is {values!r}; give a list of values, e.g. [{values!r}]")
             if not len(values):
                 raise InputError(f"sweep {self.name}: the axis {name} is empty; give it values or leave it out")
         grid = [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())] if self.axes else []
@@ -107,6 +112,11 @@ class Sweep(SweepFile):
 def settings_text(settings: dict[str, Any]) -> str:
     """`dynamoe.theta=0.8, dynamoe.experts=[0.5, 1.0]`: settings as they are typed."""
     return ", ".join(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()) or "as it is"
+
+
+def _is_list(values: Any) -> bool:
+    """A list, a tuple, a range or an array of one dimension; a text is one value, not its letters."""
+    return (isinstance(values, Sequence) and not isinstance(values, (str, bytes))) or getattr(values, "ndim", 0) == 1
 
 
 def _plain(value: Any) -> Any:

@@ -82,7 +82,7 @@ def _measured(cell: Cell) -> list[dict[str, Any]]:
         else:
             share = _pooled(active_fraction(trace, theta=method.theta, fractions=method.experts, **interval))
             found.append(("active_mlp_fraction", share["active_fraction"], share["low"], share["high"], share["documents"]))
-        if mode == "router" and not isinstance(method.train_route, int):
+        if mode == "router" and trace is not None:
             chance = _pooled(router_chance(trace, theta=method.theta, experts=method.num_experts, **interval))
             found.append(("router_accuracy", *(chance[f"accuracy{end}"] for end in ("", "_low", "_high")), chance["documents"]))
             found.append(("majority_accuracy", chance["majority"], None, None, chance["documents"]))

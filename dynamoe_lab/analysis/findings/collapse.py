@@ -11,7 +11,9 @@ from dynamoe_lab.analysis.metrics.collapse import CASE, collapsed_layers, run_na
 __all__ = ["collapse_finding", "collapse_verdict"]
 
 
-def collapse_finding(collapse: pd.DataFrame, information: pd.DataFrame, *, fractions: tuple[float, ...] | None = None) -> str:
+def collapse_finding(
+    collapse: pd.DataFrame, information: pd.DataFrame, *, fractions: Sequence[float] | None = None, train_tokens: int | None = None
+) -> str:
     """Do layers collapse to one fixed expert when λ_router = 0 (a claim of arXiv 2502.12325), and do they not when it is 1?
 
     A layer is called collapsed when one expert takes 99 % or more of its tokens; the number at 95 % is told, too. A run "collapsed" if
@@ -22,6 +24,7 @@ def collapse_finding(collapse: pd.DataFrame, information: pd.DataFrame, *, fract
         information: lambda_router, router_gradient, seed, layer, entropy, information, active_mlp_fraction (from `stack_runs` of
             `usage_information` frames with fractions).
         fractions: [E] share of the MLP of each expert, to call the experts by.
+        train_tokens: that every run was trained on; a collapse may come later.
     """
     require(information, (*CASE, "layer", "entropy", "information", "active_mlp_fraction"), "collapse_finding: information")
     strict, loose = (collapsed_layers(collapse, threshold=threshold) for threshold in (0.99, 0.95))
@@ -57,7 +60,7 @@ def collapse_finding(collapse: pd.DataFrame, information: pd.DataFrame, *, fract
     tokens = tokens_text(strict["tokens"].max())
     return (
         f"With λ the weight of the router loss, and a layer called collapsed when one expert takes 99 % or more of its n = {tokens}: "
-        f"{'; '.join(texts)}{_exceptions(strict, layers)}."
+        f"{'; '.join(texts)}{_exceptions(strict, layers, train_tokens)}."
     )
 
 
@@ -71,12 +74,13 @@ def _span(counts: pd.Series) -> str:
     return " to ".join(dict.fromkeys((str(counts.min()), str(counts.max()))))
 
 
-def collapse_verdict(collapse: pd.DataFrame, *, fractions: Sequence[float] | None = None) -> str:
+def collapse_verdict(collapse: pd.DataFrame, *, fractions: Sequence[float] | None = None, train_tokens: int | None = None) -> str:
     """One sentence for a caption: did every layer of the unsupervised runs (λ_router = 0) collapse to one expert, gradient by gradient?
 
     Args:
         collapse: lambda_router, router_gradient, seed, layer, expert, share, tokens; a layer is collapsed at 99 % of its tokens.
         fractions: [E] share of the MLP of each expert, to call the experts by.
+        train_tokens: that every run was trained on.
     """
     strict = collapsed_layers(collapse, threshold=0.99)
     free = strict[strict["lambda_router"] == 0]
@@ -94,16 +98,31 @@ def collapse_verdict(collapse: pd.DataFrame, *, fractions: Sequence[float] | Non
             else f"{_span(found)} of {layers} layers"
         )
         shares = _of(collapse, gradient, 0.0).groupby("expert")["share"].mean()
-        most = f"expert {names[shares.idxmax()]} takes {percent(shares.max() / shares.sum())} of all tokens"
+        most = f"expert {names[shares.idxmax()]} takes {percent(shares.max() / shares.sum())} of all tokens{_run_share(shares, fractions)}"
         texts.append(f"{how} collapsed to one expert under the {gradient.replace('_', '-')} gradient, where {most}")
-    return f"Without supervision (λ = 0) {'; '.join(texts)}."
+    for gradient, weight in sorted(set(zip(collapse["router_gradient"], collapse["lambda_router"], strict=True))):
+        if weight == collapse["lambda_router"].max() > 0 and fractions is not None:
+            shares = _of(collapse, gradient, weight).groupby("expert")["share"].mean()
+            texts.append(f"with λ = {weight:g} ({gradient.replace('_', '-')}){_run_share(shares, fractions).removeprefix(' and')}")
+    return f"Without supervision (λ = 0) {_when(train_tokens)}{'; '.join(texts)}."
 
 
-def _exceptions(strict: pd.DataFrame, layers: int) -> str:
+def _run_share(shares: pd.Series, fractions: Sequence[float] | None) -> str:
+    """Mean share of the MLP that runs at these shares of the experts, as the end of a sentence."""
+    if fractions is None:
+        return ""
+    return f" and {percent(sum(share * fractions[expert] for expert, share in shares.items()) / shares.sum())} of the MLP neurons run"
+
+
+def _exceptions(strict: pd.DataFrame, layers: int, train_tokens: int | None) -> str:
     """Gradients of which an unsupervised run did not collapse everywhere."""
     free = strict[strict["lambda_router"] == 0]
     worst = free.groupby(["router_gradient", "seed"])["collapsed"].sum().groupby("router_gradient").min()
     held = [name.replace("_", "-") for name, count in worst.items() if count < layers]
     if worst.empty or not held:
         return ""
-    return f"; that every layer collapses without supervision does not hold here for the {' and the '.join(held)} gradient"
+    return f"; {_when(train_tokens)}not every layer had collapsed without supervision for the {' and the '.join(held)} gradient"
+
+
+def _when(train_tokens: int | None) -> str:
+    return "" if train_tokens is None else f"after {tokens_text(train_tokens)} of training "

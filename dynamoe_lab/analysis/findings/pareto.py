@@ -46,7 +46,7 @@ def pareto_finding(pareto: pd.DataFrame) -> str:
         seeds = f", mean and span of {row['seeds']} seeds" if row["seeds"] > 1 else ""
         texts.append(
             f"θ = {row['theta']:g}: {percent(row['active_mlp_fraction'])} of the MLP neurons, {size}, {row['value']:.2f} times the dense "
-            f"perplexity ({spread}{seeds}{'; dominated' if row['dominated'] else ''})"
+            f"perplexity ({spread}{seeds}{'; dominated, by point estimates' if row['dominated'] else ''})"
         )
     budgets = [f"{int(tokens):,}" for tokens in sorted(routed["train_tokens"].unique())]
     trained = f"trained on {list_names(budgets)} tokens" if routed["train_tokens"].max() > 0 else "without training"
@@ -57,7 +57,7 @@ def static_finding(comparison: pd.DataFrame) -> str:
     """Does choosing by token beat a static cut at about the same compute, trained on the same tokens?
 
     Args:
-        comparison: rows of `static_comparison`. Rows of one θ, width and budget are seeds: each has its verdict, the ratio is their
+        comparison: rows of `static_comparison`. Rows of one θ and budget are seeds: each has its verdict, the ratio is their
             geometric mean.
     """
     needed = (
@@ -76,9 +76,8 @@ def static_finding(comparison: pd.DataFrame) -> str:
         "confidence",
     )
     require(comparison, needed, "static_finding")
-    rows = comparison.assign(cut=comparison["static_fraction"].round(2))
     texts = []
-    for (theta, cut, budget), part in rows.groupby(["theta", "cut", "train_tokens"]):
+    for (theta, budget), part in comparison.groupby(["theta", "train_tokens"]):
         own, static = part["active_params"].mean(), part["static_params"].mean()
         same = abs(own / static - 1) <= SAME_COMPUTE
         more = "the same number of" if same else f"{percent(abs(own / static - 1))} {'more' if own > static else 'fewer'}"
@@ -90,6 +89,7 @@ def static_finding(comparison: pd.DataFrame) -> str:
             spread = (
                 f"{percent(row['confidence'])} interval {row['low']:.3f} to {row['high']:.3f}" if np.isfinite(row["low"]) else "no interval"
             )
+            spread += " over documents, of 1 training seed"
             said = found[0]
         else:
             spread = f"mean of {len(part)} seeds, {part['ratio'].min():.3f} to {part['ratio'].max():.3f}"
@@ -103,7 +103,8 @@ def static_finding(comparison: pd.DataFrame) -> str:
             meaning = f"but with {'more' if own > static else 'fewer'} active parameters"
         texts.append(
             f"θ = {theta:g} after {tokens_text(budget)} of training, {percent(part['active_mlp_fraction'].mean())} of the MLP neurons "
-            f"against a static {percent(cut)} ({compute}): perplexity {said} the static cut's, ratio {ratio:.3f} ({spread}), {meaning}"
+            f"against a static {percent(part['static_fraction'].mean())} ({compute}): perplexity {said} the static cut's, ratio "
+            f"{ratio:.3f} ({spread}), {meaning}"
         )
-    sample = f"n = {int(rows['n'].min())} documents, {tokens_text(rows['tokens'].min())}"
+    sample = f"n = {int(comparison['n'].min())} documents, {tokens_text(comparison['tokens'].min())}"
     return f"Routing beside a static cut trained alike, paired by document ({sample}): {'; '.join(texts)}."

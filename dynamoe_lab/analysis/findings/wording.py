@@ -55,7 +55,7 @@ def interval_text(row: pd.Series, name: str) -> str:
     """The interval <name>_low to <name>_high of a share."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     if not np.isfinite([low, high]).all():
-        return "no interval from one document"
+        return "no interval from so few documents"
     return f"{percent(row['confidence'])} interval {percent(low, 1)} to {percent(high, 1)}"
 
 
@@ -85,9 +85,12 @@ def domains_text(rows: pd.DataFrame, name: str, function: str) -> str:
     Args:
         rows: domain, `name`, low, high, documents, confidence: a row per domain, all layers together.
     """
+    require(rows, ("domain", name, "low", "high", "documents", "confidence"), f"{function}: rows of layer 'all'")
     rows = rows.sort_values(name)
-    if len(rows) < 2:
-        raise InputError(f"{function}: needs rows of layer 'all' of two or more domains; pass by_domain=True")
+    texts = [f"{row['domain']} {mean_text(row, name)[:-1]}, n = {row['documents']})" for row in rows.to_dict("records")]
+    sample = f"with {percent(rows['confidence'].iloc[0])} intervals over n documents: {list_names(texts, 12)}"
+    if len(rows) == 1:
+        return f"{sample}; with one domain there is nothing to compare"
     least, most = rows.iloc[0], rows.iloc[-1]
     pairs = len(rows) * (len(rows) - 1) // 2
     tail = (1 - least["confidence"]) / 2
@@ -98,9 +101,7 @@ def domains_text(rows: pd.DataFrame, name: str, function: str) -> str:
     apart = "differ" if difference > error else "are not distinguishable"
     if min(least["documents"], most["documents"]) < FEW:
         apart = "come from too few documents to tell them apart"
-    texts = [f"{row['domain']} {mean_text(row, name)[:-1]}, n = {row['documents']})" for row in rows.to_dict("records")]
     return (
-        f"with {percent(least['confidence'])} intervals over n documents: "
-        f"{list_names(texts, 12)}; the extremes, {least['domain']} and {most['domain']}, {apart} "
+        f"{sample}; the extremes, {least['domain']} and {most['domain']}, {apart} "
         f"({100 * difference:.1f} points{f', allowing for {pairs} pairs' if pairs > 1 else ''})"
     )

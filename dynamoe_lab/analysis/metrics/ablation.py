@@ -57,14 +57,22 @@ def ablation_table(sweep: pd.DataFrame, *, axis: str, metric: str = "perplexity_
     Raises:
         InputError: no such axis or metric, nothing but failed cells, or more than two axes that vary.
     """
-    require(sweep, (axis, *NEEDED), "ablation_table")
+    require(sweep, NEEDED, "ablation_table")
+    if axis not in (fields := [column for column in sweep.columns if column not in _RESULTS]):
+        raise InputError(f"ablation_table: axis {axis!r} is no field that the sweep varies; it has {', '.join(fields) or 'none'}")
     done = sweep[sweep["status"] == "ok"] if "status" in sweep.columns else sweep
     rows = done[(done["metric"] == metric) & done["value"].notna()]
     if rows.empty:
         known = ", ".join(sorted(done["metric"].dropna().astype(str).unique())) or "none: every cell failed"
         raise InputError(f"ablation_table: no values of metric {metric!r}; the sweep has {known}")
     texts = {column: rows[column].map(setting_text) for column in rows.columns if column not in _RESULTS}
-    others = [column for column, text in texts.items() if column != axis and not _is_seed(column) and text.nunique() > 1]
+    others = [
+        column
+        for column, text in texts.items()
+        if column != axis
+        and not _is_seed(column)
+        and text.groupby(texts[axis]).nunique().max() > 1  # what goes with the axis, value by value, is no axis of its own
+    ]
     if len(others) > 1:
         first = others[-1]
         hint = f"e.g. sweep[sweep[{first!r}].astype(str) == {str(rows[first].iloc[0])!r}]"
@@ -135,14 +143,19 @@ def setting_text(value: Any) -> str:
         if inner[:1] in "[(" and inner[-1:] in "])" and len(inner) > 1:
             return setting_text([part.strip(" '\"") for part in inner[1:-1].split(",") if part.strip()])
         try:
-            return f"{float(inner):g}"
+            return _number_text(float(inner))
         except ValueError:
             return inner
     if isinstance(value, Iterable):
         return f"[{', '.join(setting_text(part) for part in value)}]"
     if isinstance(value, (bool, np.bool_)) or value is None:
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, (int, float, np.number)) else str(value)
+    return _number_text(value) if isinstance(value, (int, float, np.number)) else str(value)
+
+
+def _number_text(value: float) -> str:
+    """As short as it can be without making two numbers look the same."""
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))
 
 
 def _apart(rows: pd.DataFrame, best: pd.Series) -> pd.Series:

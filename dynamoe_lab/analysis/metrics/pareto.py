@@ -12,12 +12,12 @@ from dynamoe_lab.errors import InputError
 __all__ = ["lower_is_better", "pareto_front", "pareto_points", "pareto_row", "static_comparison"]
 
 _COLUMNS = ("method", "theta", "seed", "train_tokens", "active_params", "active_mlp_fraction", "metric", "value", "low", "high", "n")
-_LOWER = ("perplexity", "loss", "surprisal", "seconds")
+_LOWER = ("perplexity", "loss", "surprisal", "seconds", "active_")
 ORACLE = "label"  # its labels cost a full MLP to compute: a bound on what a router could do, not a way to save
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether less of a metric is better: perplexities, losses and times; everything else is taken for an accuracy."""
+    """Whether less of a metric is better: perplexities, losses, times, what is active; everything else is taken for an accuracy."""
     return any(word in metric for word in _LOWER)
 
 
@@ -36,7 +36,7 @@ def pareto_row(
         perplexity_row: ratio, low, high, n (of `perplexity_ratio` with the dense model's losses as reference).
         active_row: active_params, active_mlp_fraction of the whole model: the row "all" of `count_active_params`, or its whole frame.
         method: "dense", "router", "label", "random" or "static".
-        theta: threshold; nan where there is none.
+        theta: threshold; of a static cut that of the router whose compute it matches; nan where there is none.
         train_tokens: tokens trained on; 0: as converted.
 
     Returns:

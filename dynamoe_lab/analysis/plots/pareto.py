@@ -94,7 +94,10 @@ def plot_pareto(
     dense_size = f"active parameters (% of the dense model's {compact(dense_params)})"
     ax.set_xlabel(dense_size if x == "active_params" else "active MLP neurons (%)")
     rows_of_key = _legend(ax, points)
-    marks = [f"{row.theta:g}" if np.isfinite(row.theta) else percent(row.active_mlp_fraction) for row in points.itertuples()]
+    by_theta = np.isfinite(points["theta"]) & (points["method"] != "static")  # a static cut is known by its width
+    marks = [
+        f"{row.theta:g}" if known else percent(row.active_mlp_fraction) for row, known in zip(points.itertuples(), by_theta, strict=True)
+    ]
     places = list(zip(points["x"], points["value"], strict=True))
     colors = [tuple(0.7 * np.array(to_rgb(method_color(method)))) for method in points["method"]]  # thin letters need more contrast
     headline(ax, _message(points, metric), pad=8 + 12 * rows_of_key)
@@ -179,7 +182,11 @@ def _message(points: pd.DataFrame, metric: str) -> str:
     cheapest, dearest = told.loc[told["x"].idxmin()], told.loc[told["x"].idxmax()]
 
     def name(row: pd.Series) -> str:
-        return f"θ = {row['theta']:g}" if np.isfinite(row["theta"]) else f"{row['method']} {percent(row['active_mlp_fraction'])}"
+        return (
+            f"θ = {row['theta']:g}"
+            if np.isfinite(row["theta"]) and row["method"] != "static"
+            else f"{row['method']} {percent(row['active_mlp_fraction'])}"
+        )
 
     def cost(row: pd.Series) -> str:
         value = f"{row['value']:.2f} times the dense perplexity" if metric == "perplexity_ratio" else f"{metric} {row['value']:.3g}"
