@@ -130,7 +130,7 @@ def test_a_wheel_with_another_hash(tmp_path):
 
 
 def test_a_full_disk(home, tmp_path):
-    """A real one: a cache of two megabytes, which a converted checkpoint does not fit into."""
+    """A real one: a cache of two megabytes, which a trained checkpoint does not fit into."""
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True).returncode:
@@ -138,7 +138,7 @@ def test_a_full_disk(home, tmp_path):
     try:
         for part in ("assets", "models"):
             (small / part).symlink_to((home / part).resolve())
-        check(call(small, "run", "01", "--profile", "smoke", "--output", tmp_path / "report"), "no space left in", "DYNAMOE_LAB_HOME")
+        check(call(small, "run", "03", "--profile", "smoke", "--output", tmp_path / "report"), "no space left in", "DYNAMOE_LAB_HOME")
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
