@@ -85,7 +85,7 @@ def plot_pareto(
     ax.grid(color="#eeeeee")
     ax.set_axisbelow(True)
     percent_axis(ax.xaxis)
-    ax.margins(x=0.06, y=0.08)
+    ax.margins(x=0.09, y=0.08)
     if metric == "perplexity_ratio":
         ratio_axis(ax)
         ax.set_ylabel("perplexity / dense model's perplexity")
@@ -113,7 +113,8 @@ def _point(ax: Axes, point, color: str) -> None:
     if np.isfinite(spread).all():
         ax.errorbar([point.x], [point.value], spread, fmt="none", ecolor=color, elinewidth=0.9, capsize=2, alpha=alpha, zorder=2)
     look = {"mec": color, "mfc": color if point.train_tokens > 0 else "white", "mew": 1.1, "markersize": 5.5, "alpha": alpha}
-    ax.plot([point.x], [point.value], method_marker(point.method), zorder=3, **look)
+    above = 3.5 if point.method == "router" else 3  # where a control has the same size, the router is seen
+    ax.plot([point.x], [point.value], method_marker(point.method), zorder=above, **look)
 
 
 def _along_lines(ax: Axes) -> list[tuple[float, float]]:
@@ -176,8 +177,13 @@ def _legend(ax: Axes, points: pd.DataFrame) -> int:
 
 
 def _message(points: pd.DataFrame, metric: str) -> str:
-    """What the most saving trained router that still lies on the front costs."""
+    """What trained routers cost beside static cuts of their size, or, without such cuts, what the cheapest and the dearest cost."""
     routers = points[(points["method"] == "router") & (points["train_tokens"] > 0)]
+    cuts = points[(points["method"] == "static") & (points["train_tokens"] > 0)]
+    pairs = routers.merge(cuts, on=["theta", "train_tokens"], suffixes=("", "_cut")).sort_values("theta")
+    if len(pairs) and metric == "perplexity_ratio":
+        texts = [f"θ = {row.theta:g}: {row.value:.2f} and {row.value_cut:.2f}" for row in pairs.itertuples()]
+        return f"Times the dense perplexity, router and static cut of the same active parameters: {'; '.join(texts)}"
     told = routers if len(routers) else points
     cheapest, dearest = told.loc[told["x"].idxmin()], told.loc[told["x"].idxmax()]
 
