@@ -110,6 +110,15 @@ class TestPareto:
         assert "θ = 0.8 runs 40 % of the MLP neurons at 1.90 times the dense perplexity" in ax.get_title(loc="left").replace("\n", " ")
         assert "0 of 2 are dominated" in ax.get_title(loc="left").replace("\n", " ")
 
+    def test_the_title_compares_with_the_static_cut_of_the_same_size(self):
+        rows = make_pareto(seeds=1)
+        router = rows[(rows["method"] == "router") & (rows["theta"] == 0.9)]
+        cut = router.assign(method="static", value=1.3, active_mlp_fraction=0.71)
+        ax = plots.plot_pareto(pd.concat([rows, cut]), dense_params=140e6)
+        message = ax.get_title(loc="left").replace("\n", " ")
+        assert message.endswith(f"router and static cut of the same active parameters: θ = 0.9: {router['value'].iloc[0]:.2f} and 1.30")
+        assert "71 %" in texts(ax), "a cut is known by its width, not by the θ it stands beside"
+
     def test_another_metric_is_linear_with_the_dense_models_own_level(self):
         accuracy = make_pareto(seeds=1).assign(metric="acc", value=lambda frame: 0.3 + 0.2 * frame["active_mlp_fraction"])
         ax = plots.plot_pareto(pd.concat([make_pareto(), accuracy]), dense_params=140e6, metric="acc")
