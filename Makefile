@@ -32,7 +32,7 @@ report: env
 	$(BIN)/dynamoe-lab run --profile quick
 
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-real: env
 	$(BIN)/python -m pytest -m real

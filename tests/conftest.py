@@ -82,6 +82,14 @@ def make_converted(family: str = "llama", experts=(0.25, 0.5, 0.75, 1.0), theta:
     return convert(make_dense(family) if dense is None else dense, config, calibration=make_blocks(seed=7))
 
 
+LONG = ("test_notebooks.py", "test_sweep.py", "test_training.py", "test_notebook_runner.py", "test_bad_inputs.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest first, so that two workers end together."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))  # stable
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param

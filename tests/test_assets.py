@@ -252,7 +252,7 @@ def test_two_processes_at_once_download_once(tmp_path):
     running = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=60) for process in running]
+    outputs = [process.communicate(timeout=240) for process in running]
     assert [out for out, _ in outputs] == ["alpha\n", "alpha\n"], outputs
     assert (tmp_path / "downloads").read_text() == "x"
     assert "waiting for another process that prepares asset toy\n" in [err for _, err in outputs]

@@ -38,7 +38,7 @@ def test_help_comes_at_once():
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "dynamoe_lab", "--help"], capture_output=True, text=True, env=environment, timeout=60)
+        done = subprocess.run([sys.executable, "-m", "dynamoe_lab", "--help"], capture_output=True, text=True, env=environment, timeout=240)
         seconds.append(time.perf_counter() - began)
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("run", "sweep", "convert", "train", "ls", "show", "report", "doctor", "--debug"))
@@ -56,7 +56,7 @@ def test_help_imports_nothing_heavy():
             print(sorted({"torch", "transformers", "pandas", "papermill", "rich", "matplotlib", "numpy"} & set(sys.modules)))
     """
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=240)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 

@@ -181,7 +181,7 @@ def test_a_held_lock_refuses_with_the_holders_pid(tmp_path):
             "from dynamoe_lab.errors import InputError\n"
             "try:\n    locked(Path(sys.argv[1]), refuses='held by {pid}').__enter__()\nexcept InputError as error:\n    print(error)"
         )
-        done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run.lock")], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run.lock")], capture_output=True, text=True, timeout=240)
     assert done.stdout.strip() == f"held by {os.getpid()}", done.stderr
     with locked(tmp_path / "run.lock", refuses="no"):
         pass

@@ -346,12 +346,12 @@ def test_a_killed_step_is_made_right_the_next_time(tmp_path, function):
     home = tmp_path / "home"
     assert not list((home / "steps").glob("*"))  # nothing half-done in sight
     assert len(list((home / "scratch").iterdir())) == 1
-    out, err = _spawn(tmp_path, function, 0).communicate(timeout=60)
+    out, err = _spawn(tmp_path, function, 0).communicate(timeout=240)
     expected = {"part": [0, 1, 2, 3, 4], "resumed": [1] * 5} if function == "slow" else {"x": [1, 2]}
     assert f"cached False {expected}" in out, err
     assert len(list((home / "steps").iterdir())) == 1
     assert not list((home / "scratch").iterdir())
-    assert f"cached True {expected}" in _spawn(tmp_path, function, 0).communicate(timeout=60)[0]
+    assert f"cached True {expected}" in _spawn(tmp_path, function, 0).communicate(timeout=240)[0]
 
 
 def test_two_processes_compute_a_step_once(tmp_path):
@@ -359,12 +359,12 @@ def test_two_processes_compute_a_step_once(tmp_path):
     assert first.stdout.readline().startswith("part 0")
     began = time.monotonic()
     second = _spawn(tmp_path, "quick", 0)
-    out, err = second.communicate(timeout=60)
+    out, err = second.communicate(timeout=240)
     assert "cached True {'x': [1, 2]}" in out
     assert time.monotonic() - began > 1
     assert "waiting for step quick-" in err
     assert f"held by pid {first.pid}" in err
-    assert "cached False" in first.communicate(timeout=60)[0]
+    assert "cached False" in first.communicate(timeout=240)[0]
     assert (tmp_path / "log").read_text() == "started\n"
 
 

@@ -353,7 +353,7 @@ def test_stopped_or_killed_no_process_is_left_and_finished_steps_are(home, proje
     stopped = _spawn(project, own, "--jobs", "2")
     family = _until_training(stopped, own)
     stopped.send_signal(signal.SIGINT)
-    _, err = stopped.communicate(timeout=60)
+    _, err = stopped.communicate(timeout=240)
     assert stopped.returncode == 130, err
     assert "interrupted; finished steps" in err
     assert "Traceback" not in err
