@@ -1,6 +1,9 @@
 """Pico models of every family, random blocks, and a tidy machine: no Hub, no windows, caches in temporary folders."""
 
+import contextlib
 import os
+import signal
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -80,6 +83,16 @@ def make_converted(family: str = "llama", experts=(0.25, 0.5, 0.75, 1.0), theta:
 
     config = DynaMoEConfig(experts=experts, theta=theta, router_hidden_size=16, router_init_std=1.0, **changes)
     return convert(make_dense(family) if dense is None else dense, config, calibration=make_blocks(seed=7))
+
+
+def interrupt(process):
+    """Ctrl-C, again if need be, as a person does: an interrupt that lands in a callback of the event loop is lost. -> stdout, stderr"""
+    for _ in range(4):
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=30)
+    process.kill()
+    raise AssertionError(f"four interrupts did not stop it: {process.communicate()}")
 
 
 LONG = ("test_notebooks.py", "test_sweep.py", "test_training.py", "test_notebook_runner.py", "test_bad_inputs.py")

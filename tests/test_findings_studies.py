@@ -172,7 +172,8 @@ class TestCollapse:
         assert collapse_verdict(self.frames(runs)[0], fractions=FRACTIONS) == (
             "Without supervision (λ = 0) 1 of 2 layers collapsed to one expert under the none gradient, where expert 100 % takes "
             "62 % of all tokens and 81 % of the MLP neurons run; all 2 layers collapsed to one expert under the straight-through gradient, "
-            "where expert 100 % takes 100 % of all tokens and 100 % of the MLP neurons run; with λ = 1 (none) 62 % of the MLP neurons run."
+            "where expert 100 % takes 100 % of all tokens and 100 % of the MLP neurons run; with λ = 1 (none) 0 of 2 layers are on "
+            "one expert and 62 % of the MLP neurons run."
         )
         assert collapse_verdict(self.frames({(1.0, "none", 0): [free, free]})[0]) == "No run was without supervision (λ = 0)."
 

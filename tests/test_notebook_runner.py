@@ -3,14 +3,13 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import interrupt
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dynamoe_lab.errors import InputError
@@ -341,10 +340,7 @@ def test_a_report_is_written_by_one_run_at_a_time_and_an_interrupt_is_told(proje
         run_notebooks(profile="smoke")
     folder = project / "reports" / "smoke" / "06_waits"
     assert effective_status(load_record(folder)) == "running"
-    began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=240)
-    assert time.monotonic() - began < 20
+    _, err = interrupt(process)
     assert "KeyboardInterrupt" in err
     assert load_record(folder).run.status == "interrupted"
     assert (folder / "notebook.ipynb").is_file()

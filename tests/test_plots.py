@@ -364,7 +364,9 @@ class TestCurves:
         assert first.get_ylim()[0] < 3.2
         assert texts(figure.axes[2]) == ["commonest label 61 %"]
         end = frames["steps"].tail(5)
-        assert title(figure).startswith(f"After 41 K tokens the LM loss is {end['lm_loss'].mean():.2f} (dense, held-out: 3.20)")
+        assert title(figure).startswith(
+            f"After 41 K tokens the LM loss of training batches is {end['lm_loss'].mean():.2f} (dense, held-out: 3.20)"
+        )
         assert f"{100 * end['router_accuracy'].mean():.0f} % of tokens (commonest label: 61 %)" in title(figure)
         above = first.child_axes[0]
         figure.canvas.draw()
@@ -374,7 +376,7 @@ class TestCurves:
         figure = plots.plot_training_curves(pd.concat([frames["steps"], frames["steps"].assign(run="b", lm_loss=9.0)]))
         assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["a", "b"]
         last = frames["steps"].tail(10)["lm_loss"].mean()
-        assert title(figure).startswith(f"After 41 K tokens in 2 runs the LM loss is {last:.2f} to 9.00 and")
+        assert title(figure).startswith(f"After 41 K tokens in 2 runs the LM loss of training batches is {last:.2f} to 9.00 and")
 
     def test_importance(self, frames):
         figure = plots.plot_importance_curves(frames["curves"], fractions=FRACTIONS)

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from conftest import interrupt
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment, sweep
@@ -352,8 +352,7 @@ def test_stopped_or_killed_no_process_is_left_and_finished_steps_are(home, proje
     write(project, f"profile: smoke\noverrides: [{fields}]\naxes: {{train.seed: [0, 1]}}\n")
     stopped = _spawn(project, own, "--jobs", "2")
     family = _until_training(stopped, own)
-    stopped.send_signal(signal.SIGINT)
-    _, err = stopped.communicate(timeout=240)
+    _, err = interrupt(stopped)
     assert stopped.returncode == 130, err
     assert "interrupted; finished steps" in err
     assert "Traceback" not in err

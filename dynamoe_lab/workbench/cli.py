@@ -49,7 +49,11 @@ def _answering(command: Callable) -> Callable:
         try:
             code = command(*args, **kwargs)
         except KeyboardInterrupt:
-            typer.echo("dynamoe-lab: interrupted; finished steps and notebooks are kept, the same command goes on from there", err=True)
+            typer.echo(
+                "dynamoe-lab: interrupted; finished steps and notebooks are kept, training goes on from its last checkpoint (one every "
+                "train.save_steps steps): give the same command again",
+                err=True,
+            )
             code = 130
         except (InputError, OSError) as error:
             if not isinstance(error, InputError) and not disk_full(error):

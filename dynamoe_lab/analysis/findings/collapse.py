@@ -103,7 +103,9 @@ def collapse_verdict(collapse: pd.DataFrame, *, fractions: Sequence[float] | Non
     for gradient, weight in sorted(set(zip(collapse["router_gradient"], collapse["lambda_router"], strict=True))):
         if weight == collapse["lambda_router"].max() > 0 and fractions is not None:
             shares = _of(collapse, gradient, weight).groupby("expert")["share"].mean()
-            texts.append(f"with λ = {weight:g} ({gradient.replace('_', '-')}){_run_share(shares, fractions).removeprefix(' and')}")
+            stuck = _span(_of(strict, gradient, weight).groupby("seed")["collapsed"].sum())
+            run = _run_share(shares, fractions).removeprefix(" and")
+            texts.append(f"with λ = {weight:g} ({gradient.replace('_', '-')}) {stuck} of {layers} layers are on one expert and{run}")
     return f"Without supervision (λ = 0) {_when(train_tokens)}{'; '.join(texts)}."
 
 

@@ -34,6 +34,7 @@ def pareto_finding(pareto: pd.DataFrame) -> str:
         kind = "Routing by the labels, which cost a full MLP to compute,"
     if routed.empty:
         raise InputError("pareto_finding: neither a trained router nor labels in the frame; it needs method 'router' or 'label'")
+    cuts = points.loc[(points["method"] == "static") & (points["train_tokens"] > 0), "theta"]
     texts = []
     for row in routed.sort_values(["train_tokens", "theta"]).to_dict("records"):
         size = compact(row["active_params"])
@@ -46,7 +47,8 @@ def pareto_finding(pareto: pd.DataFrame) -> str:
         seeds = f", mean and span of {row['seeds']} seeds" if row["seeds"] > 1 else ""
         texts.append(
             f"θ = {row['theta']:g}: {percent(row['active_mlp_fraction'])} of the MLP neurons, {size}, {row['value']:.2f} times the dense "
-            f"perplexity ({spread}{seeds}{'; dominated, by point estimates' if row['dominated'] else ''})"
+            f"perplexity ({spread}{seeds}{'; dominated, by point estimates' if row['dominated'] else ''}"
+            f"{'' if row['theta'] in set(cuts) or cuts.empty else '; no static cut was trained beside it'})"
         )
     budgets = [f"{int(tokens):,}" for tokens in sorted(routed["train_tokens"].unique())]
     trained = f"trained on {list_names(budgets)} tokens" if routed["train_tokens"].max() > 0 else "without training"

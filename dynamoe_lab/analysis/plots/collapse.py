@@ -67,7 +67,7 @@ def plot_collapse(
         taken[(gradient, weight)] = f"{names[shares.idxmax()]} of the MLP, by {percent(shares.max())} of tokens"
         ax.set_title("\n".join(lines), fontsize=7.5)
     axes[0].set_ylabel("layer")
-    figure.supxlabel("expert (share of the MLP); a layer is on one expert if that takes 99 % of its tokens or more", fontsize=8)
+    figure.supxlabel("expert (share of the MLP); a layer is on one expert if that takes 99.0 % of its tokens or more", fontsize=8)
     seeds = collapse["seed"].nunique()
     share_bar(figure, list(axes), f"tokens of the layer (%){f', mean of {seeds} seeds' if seeds > 1 else ''}", aspect=45)
     shown = {case: text for case, text in taken.items() if case[1] in (0, max(weight for _, weight in cases))} or taken
