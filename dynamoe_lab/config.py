@@ -38,7 +38,7 @@ class DataConfig:
     train_tokens: int = 102_400
     calibration_tokens: int = 16_384
     heldout_tokens: int = 16_384
-    domain_tokens: int = 20_480
+    domain_tokens: int = 21_504
 
     def __post_init__(self) -> None:
         _at_least("data", self, context=2, train_tokens=1, calibration_tokens=1, heldout_tokens=1, domain_tokens=1)

@@ -93,9 +93,12 @@ class TestPareto:
     def test_seeds_dominated_points_and_untrained_labels(self):
         rows = make_pareto([("router", 0.9, 0, 1000, 0.6, 1.0), ("router", 0.9, 1, 1000, 0.6, 4.0), ("static", np.nan, 0, 1000, 0.5, 1.5)])
         sentence = pareto_finding(rows)
+        assert "no static cut was trained beside it" in sentence
+        beside = rows.assign(theta=rows["theta"].fillna(0.9))
+        assert "no static cut" not in pareto_finding(beside)
         assert (
             "98 M active parameters, 2.00 times the dense perplexity (0.90 to 4.40, mean and span of 2 seeds; dominated, by point "
-            "estimates)" in sentence
+            "estimates; no static cut was trained beside it)" in sentence
         )
         labels = pareto_finding(make_pareto([("label", 0.9, 0, 0, 0.6, 2.8)]))
         assert labels.startswith("Routing by the labels, which cost a full MLP to compute, without training, on n = 9 documents: θ = 0.9:")

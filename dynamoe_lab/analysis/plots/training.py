@@ -106,7 +106,8 @@ def _message(smooth: pd.DataFrame, dense_loss: float | None, majority: float | N
     several = f" in {len(ends)} runs" if len(ends) > 1 else ""
     dense = f" (dense, held-out: {dense_loss:.2f})" if dense_loss is not None else ""
     chance = f" (commonest label: {percent(majority)})" if majority is not None else ""
+    loss = span(ends["lm_loss"], "{:.2f}".format)
     return (
-        f"After {span(ends['tokens'], compact)} tokens{several} the LM loss of training batches is {span(ends['lm_loss'], '{:.2f}'.format)}{dense} "
+        f"After {span(ends['tokens'], compact)} tokens{several} the LM loss of training batches is {loss}{dense} "
         f"and the routers are right for {span(ends['router_accuracy'], percent)} of tokens{chance}"
     )
