@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make report     environment + the quick profile on SmolLM2-135M -> reports/quick/index.html"
 	@echo "make test       environment + the tests (minutes, two cores)"
-	@echo "make test-real  the tests that need the real model"
+	@echo "make test-real  the tests that need the real model, and two long ones about killed processes"
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make lint       ruff: format and rules"
 	@echo "make env        the environment alone (.venv)"
@@ -35,7 +35,7 @@ test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-real: env
-	$(BIN)/python -m pytest -m real
+	$(BIN)/python -m pytest -m "real or slow"
 
 lab: env
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_explore.ipynb

@@ -342,6 +342,7 @@ def _until_training(process: subprocess.Popen, home: Path) -> list[psutil.Proces
     return psutil.Process(process.pid).children(recursive=True)
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 def test_stopped_or_killed_no_process_is_left_and_finished_steps_are(home, project, tmp_path):
     own = tmp_path / "home"

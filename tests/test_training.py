@@ -295,6 +295,7 @@ train(make_converted(), make_blocks(32), config, output_dir=sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_killed_three_times_ends_in_the_same_weights(tmp_path):
     """kill -9 at three moments of training; the same call finishes, bit for bit as if nothing had happened."""
     command = [sys.executable, "-c", PROGRAM.format(tests=str(Path(__file__).parent))]
