@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -106,6 +108,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project of the test's own: configs/ and an empty notebooks/, the working directory in it."""
+    root = tmp_path / "project"
+    shutil.copytree(Path(__file__).parents[1] / "configs", root / "configs")
+    (root / "notebooks").mkdir()
+    monkeypatch.chdir(root)
+    return root
 
 
 @pytest.fixture

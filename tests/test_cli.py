@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -18,15 +17,6 @@ from dynamoe_lab.workbench import doctor, notebooks
 from dynamoe_lab.workbench.cli import app
 
 CHECKOUT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    root = tmp_path / "project"
-    shutil.copytree(CHECKOUT / "configs", root / "configs")
-    (root / "notebooks").mkdir()
-    monkeypatch.chdir(root)
-    return root
 
 
 def call(*words: str):

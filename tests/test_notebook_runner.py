@@ -44,15 +44,6 @@ GOOD = [
 ]
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    root = tmp_path / "project"
-    shutil.copytree(CHECKOUT / "configs", root / "configs")
-    (root / "notebooks").mkdir()
-    monkeypatch.chdir(root)
-    return root
-
-
 def no_kernel(*_, **__):
     raise AssertionError("a kernel was started")
 
@@ -344,3 +335,29 @@ def test_a_report_is_written_by_one_run_at_a_time_and_an_interrupt_is_told(proje
     assert "KeyboardInterrupt" in err
     assert load_record(folder).run.status == "interrupted"
     assert (folder / "notebook.ipynb").is_file()
+
+
+def test_a_sweep_is_read_before_a_kernel_starts_and_its_content_counts(project):
+    path = write_notebook(project, "20_ablation", GOOD, parameters='\nsweep: str = "mine.yaml"\n')
+    mine = project / "mine.yaml"
+    mine.write_text("axes: {dynamoe.theta: [0.8, 0.9]}\n")
+    job = lambda *given: prepare([path], profile="smoke", given=given)[0]  # noqa: E731
+    before = job()
+    assert before.values["sweep"] == "mine.yaml"
+    assert job("sweep=importance").values["sweep"] == "importance"
+    mine.write_text("axes: {dynamoe.theta: [0.8, 0.95]}\n")
+    assert job().key != before.key, "a sweep that was changed is another run"
+    (project / "sub").mkdir()
+    os.chdir(project / "sub")
+    assert job("sweep=../mine.yaml").values["sweep"] == "mine.yaml", "as seen from the kernel's folder"
+    for given, says in (
+        ("sweep=importence", "did you mean importance"),
+        ("sweep=5", "no sweep '5'"),
+        ("sweep=gone.csv", "no such file"),
+    ):
+        with pytest.raises(InputError, match=says):
+            job(given)
+    os.chdir(project)
+    mine.write_text("axes: {dynamoe.thetta: [0.8]}\n")
+    with pytest.raises(InputError, match=r"no field 'dynamoe\.thetta'; did you mean dynamoe\.theta"):
+        job()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,14 +32,9 @@ def counted(blocks: list, *, scale: int) -> dict:
     return {"count": scale * len(blocks)}
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A project of its own: configs/ and nothing else, the working directory in it."""
-    root = tmp_path / "project"
-    shutil.copytree(CHECKOUT / "configs", root / "configs")
-    (root / "notebooks").mkdir()
-    monkeypatch.chdir(root)
-    yield root
+@pytest.fixture(autouse=True)
+def _no_figure_stays_open():
+    yield
     plt.close("all")
 
 

@@ -29,15 +29,6 @@ COLUMNS = ["mode", "metric", "value", "low", "high", "n", "active_mlp_fraction",
 SMALL = ["train.steps=2", "data.heldout_tokens=512", "data.calibration_tokens=512"]
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    root = tmp_path / "project"
-    shutil.copytree(CHECKOUT / "configs", root / "configs")
-    (root / "notebooks").mkdir()
-    monkeypatch.chdir(root)
-    return root
-
-
 # --- the file ----------------------------------------------------------------------------------------------------------------------
 
 

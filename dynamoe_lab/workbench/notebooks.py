@@ -108,9 +108,12 @@ def prepare(paths: Sequence[Path], *, profile: str = "quick", given: Sequence[st
             "overrides": [*values.get("overrides", parameters["overrides"].default), *overrides],
             "output": _seen_from(root, report),
         }
+        swept = ""
+        if "sweep" in parameters:
+            values["sweep"], swept = _swept(str(values.get("sweep", parameters["sweep"].default)), root)
         config = asdict(experiment)
         source = fingerprint([cell.source for cell in nb.cells if cell.cell_type == "code"])
-        key = fingerprint([source, {k: v for k, v in values.items() if k != "output"}, config, environment.code_digest()])
+        key = fingerprint([source, {k: v for k, v in values.items() if k != "output"}, config, swept, environment.code_digest()])
         pairs = [pair for pair in given if pair not in unknown]
         command = run_command(name, profile, pairs, report, root)
         jobs.append(Job(name, nb, report / name, root, values, own, config, profile, command, source, key))
@@ -124,6 +127,18 @@ def prepare(paths: Sequence[Path], *, profile: str = "quick", given: Sequence[st
 def _seen_from(root: Path, path: Path) -> str:
     """The path as the kernel, which works in `root`, has to be given it."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _swept(name: str, root: Path) -> tuple[str, str]:
+    """A sweep as the kernel has to be given it, and a hash of what it asks for or, of a table, holds. Raises `InputError` if it is none."""
+    from dynamoe_lab.workbench.sweep_file import load_sweep
+    from dynamoe_lab.workbench.sweep_table import read_sweep
+
+    if name.endswith(".csv"):
+        return name, fingerprint(read_sweep(name))
+    sweep = load_sweep(name)
+    sweep.resolve()
+    return _seen_from(root, Path(os.path.abspath(name))) if Path(name).suffix in (".yaml", ".yml") else name, fingerprint(asdict(sweep))
 
 
 def run_notebooks(
