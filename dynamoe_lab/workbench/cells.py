@@ -42,7 +42,7 @@ class Cell:
 
 
 class Inputs:
-    """Loads models and blocks for cells and keeps the last model with its blocks: the cells of a sweep mostly share them."""
+    """Loads the model and the blocks of an experiment and keeps the last ones: the cells of a sweep mostly share them."""
 
     def __init__(self) -> None:
         self.clear()
@@ -55,7 +55,7 @@ class Inputs:
         self._blocks: dict[tuple, Blocks] = {}
 
     def model(self, experiment: "Experiment") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        """The dense model and its tokenizer; the same objects for the same model, to be left unchanged."""
+        """The experiment's model and its tokenizer; the same objects for the same model, to be left unchanged."""
         from dynamoe_lab.loading import load_model
 
         key = (experiment.model, experiment.dtype, experiment.device, experiment.trust_remote_code)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
+from dynamoe_lab.workbench.cells import Inputs
 from dynamoe_lab.workbench.files import told_when_full, without_paths, write_atomic, write_json
 from dynamoe_lab.workbench.steps import run_step
 
@@ -27,20 +28,6 @@ def _experiment(model: str, profile: str, given: Sequence[str]) -> "Experiment":
     if model_given := [pair for pair in given if pair.startswith("model=")]:
         raise InputError(f"-p {model_given[0]}: the model is the command's first argument")
     return load_experiment(profile, [*given, f"model={json.dumps(model)}"])
-
-
-def _loaded(experiment: "Experiment") -> tuple[Any, Any]:
-    from dynamoe_lab.loading import load_model
-
-    return load_model(experiment.model, dtype=experiment.dtype, device=experiment.device, trust_remote_code=experiment.trust_remote_code)
-
-
-def _blocks(experiment: "Experiment", tokenizer: Any, split: str) -> Any:
-    from dynamoe_lab.data import load_blocks
-
-    data = experiment.data
-    tokens = getattr(data, f"{split}_tokens")
-    return load_blocks(getattr(data, split), tokenizer, context=data.context, tokens=tokens, split=split, seed=experiment.seed)
 
 
 def _described(model: Any) -> str:
@@ -70,8 +57,9 @@ def convert_to_folder(
         raise InputError(f"{output}: not an empty folder; choose another --output, or remove it")
     experiment = _experiment(model, profile, given)
     environment.seed_generators(experiment.seed, experiment.threads)
-    dense, tokenizer = _loaded(experiment)
-    converted = convert(dense, experiment.dynamoe, calibration=_blocks(experiment, tokenizer, "calibration"))
+    inputs = Inputs()
+    dense, tokenizer = inputs.model(experiment)
+    converted = convert(dense, experiment.dynamoe, calibration=inputs.blocks(experiment, "calibration"))
     folder = Path(os.path.abspath(output))  # `.` has no name of its own
     there, name = folder.exists(), f".{folder.name}.{os.getpid()}.tmp"
     scratch = folder / name if there else folder.with_name(name)
@@ -114,15 +102,15 @@ def train_to_folder(
     if not experiment.train.steps:
         raise InputError("train.steps = 0: there is nothing to train; give -p train.steps=40, or use dynamoe-lab convert")
     environment.seed_generators(experiment.seed, experiment.threads)
-    network, tokenizer = _loaded(experiment)
+    inputs = Inputs()
+    network, tokenizer = inputs.model(experiment)
     if not isinstance(network, DynaMoEMixin):
         say(f"{model} is dense: converting it")
-        calibration = _blocks(experiment, tokenizer, "calibration")
-        statistics = run_step(calibrate, (network, calibration), home=home).value
+        statistics = run_step(calibrate, (network, inputs.blocks(experiment, "calibration")), home=home).value
         network = convert(network, experiment.dynamoe, statistics=statistics)
     elif own := [pair for pair in given if pair.startswith("dynamoe.")]:
         raise InputError(f"-p {own[0]}: {model} is converted already and keeps its settings; convert its dense parent again to change them")
-    blocks = _blocks(experiment, tokenizer, "train")
+    blocks = inputs.blocks(experiment, "train")
     folder = Path(os.path.abspath(output))
     with told_when_full(output, "free some, or choose another --output"):
         steps = train(network, blocks, experiment.train, output_dir=folder, tokenizer=tokenizer)

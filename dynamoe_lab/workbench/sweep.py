@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "Sweep", "SweepFailed", "SweepResult", "load_sweep", "run_plans", "run_sweep"]
 
-MODEL_COPIES = (
-    4  # memory of a cell, in float32 sizes of its model: dense, converted, its copy in training, gradients and moments of the MLPs
-)
+# Memory of a cell, in float32 sizes of its model: dense, converted, its copy in training, gradients and moments of the MLPs.
+MODEL_COPIES = 4
 CELL_MEMORY = 1.5 * 2**30  # bytes beside that: libraries, logits, text
 CELL_CORES = 2  # torch shares one cell among two cores about as well as two processes do, which load and convert everything twice
 
