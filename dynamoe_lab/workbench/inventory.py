@@ -10,6 +10,7 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.files import read_json, without_paths
 from dynamoe_lab.workbench.fingerprint import fingerprint
+from dynamoe_lab.workbench.notebooks import notebook_number
 from dynamoe_lab.workbench.records import RECORD_NAME, Record, effective_status, load_record
 from dynamoe_lab.workbench.report import duration, memory, number_text
 
@@ -126,18 +127,13 @@ def find_run(name: str, reports: Path) -> Path:
     report, _, notebook = name.strip("/").rpartition("/")
     known = [place.parent for place in sorted(reports.glob(f"{report or '*'}/*/{RECORD_NAME}"))]
     number = int(notebook) if notebook.isdigit() else None
-    found = [folder for folder in known if folder.name == notebook or (number is not None and _number(folder.name) == number)]
+    found = [folder for folder in known if folder.name == notebook or (number is not None and notebook_number(folder.name) == number)]
     if len(found) == 1:
         return found[0]
     names = ", ".join(f"{folder.parent.name}/{folder.name}" for folder in found or known)
     if found:
         raise InputError(f"{name!r} is several runs: {names}; give one of them")
     raise InputError(f"no run {name!r}; " + (f"there is {names}" if names else "make some with: dynamoe-lab run --profile quick"))
-
-
-def _number(name: str) -> int | None:
-    first = name.split("_")[0]
-    return int(first) if first.isdigit() else None
 
 
 def show_run(folder: Path) -> str:

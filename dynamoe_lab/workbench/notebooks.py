@@ -24,7 +24,7 @@ from dynamoe_lab.workbench.parameters import Parameter, read_parameters, split_g
 from dynamoe_lab.workbench.records import Record, RunError, RunInfo, StoredFile, load_record, missing_files, now, process_identity
 from dynamoe_lab.workbench.session import run_command
 
-__all__ = ["Job", "discover", "prepare", "report_folder", "run_notebook", "run_notebooks", "select"]
+__all__ = ["Job", "discover", "notebook_number", "prepare", "report_folder", "run_notebook", "run_notebooks", "select"]
 
 OK, FAILED, BAD_INPUT, UP_TO_DATE = "ok", "failed", "bad input", "up to date"
 
@@ -61,7 +61,7 @@ def select(names: Iterable[str]) -> list[Path]:
     for name in names:
         wanted = Path(name).name.removesuffix(".ipynb")
         number = int(wanted) if wanted.isdigit() else None
-        matches = [path for path in known if path.stem == wanted or (number is not None and _number(path.stem) == number)]
+        matches = [path for path in known if path.stem == wanted or (number is not None and notebook_number(path.stem) == number)]
         if not matches:
             near = difflib.get_close_matches(wanted, [path.stem for path in known], n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(path.stem for path in known)}"
@@ -70,7 +70,8 @@ def select(names: Iterable[str]) -> list[Path]:
     return chosen or known
 
 
-def _number(stem: str) -> int | None:
+def notebook_number(stem: str) -> int | None:
+    """4 for `04_router_confusion`; None for a name without a number."""
     first = stem.split("_")[0]
     return int(first) if first.isdigit() else None
 
