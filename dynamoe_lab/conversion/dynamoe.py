@@ -110,6 +110,7 @@ def _with_weights_of(dense: PreTrainedModel, config: DynaMoEConfig, *, calibrati
     if strangers:
         raise InputError(f"convert: the {model_type} model has weights that its family does not know: {', '.join(strangers[:3])}")
     model.tie_weights()
+    model.lay_out()
     model.generation_config = dense.generation_config
     model.config._attn_implementation = dense.config._attn_implementation
     return model

@@ -15,7 +15,8 @@ __all__ = ["document_losses", "evaluate_perplexity", "token_surprisal"]
 
 def token_surprisal(logits: Tensor, ids: Tensor) -> Tensor:
     """-ln p(token | the tokens before it in its block), in nats: logits [B, T, V], ids [B, T] -> [B, T] with NaN at position 0."""
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    rows = zip(logits, ids, strict=True)  # one by one: a flat copy of all but the last logits would double their memory
+    losses = torch.stack([F.cross_entropy(row[:-1].float(), target[1:], reduction="none") for row, target in rows])
     return torch.cat([losses.new_full((len(ids), 1), float("nan")), losses], dim=1)
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from .causal_lm_loss import causal_lm_loss
 from .configuration_dynamoe import CONFIG_CLASSES, DynaMoEConfig
 from .families import FAMILIES, Family, decoder_layers
 from .layer_mlp import nest_experts
@@ -66,6 +67,7 @@ class DynaMoEMixin:
             raise ValueError(f"{type(config).__name__}.moe is empty: convert a dense model, or set moe=DynaMoEConfig(...).to_dict()")
         self.moe = DynaMoEConfig.from_dict(config.moe)
         self.routing = Routing()
+        self.loss_function = causal_lm_loss
         family = FAMILIES[config.model_type.removeprefix("dynamoe_")]
         for index, layer in enumerate(decoder_layers(self)):
             nest_experts(layer, family, self.moe, index, self.routing)
@@ -76,9 +78,19 @@ class DynaMoEMixin:
         family = FAMILIES[self.config.model_type.removeprefix("dynamoe_")]
         return [family.nested(layer) for layer in decoder_layers(self)]
 
+    def lay_out(self) -> None:
+        """Order the memory of the MLPs so that every expert is one piece; see `NestedMLP.lay_out`. Conversion and loading do it."""
+        for module in self.modules():  # none yet while the dense family builds itself
+            if isinstance(module, NestedMLP):
+                module.lay_out()
+
     def initialize_weights(self) -> None:
-        """As in transformers; a frozen copy that a checkpoint lacks is taken from the weights it has."""
+        """As in transformers, which calls it when weights are loaded, too; then memory is laid out for inference.
+
+        A frozen copy that a checkpoint lacks is taken from the weights it has.
+        """
         super().initialize_weights()
+        self.lay_out()
         for module in self.modules():
             if isinstance(module, FrozenLinear):
                 module.remember(missing_only=True)

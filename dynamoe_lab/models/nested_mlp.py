@@ -2,7 +2,8 @@
 
 Two paths compute the same function. *Blocks* (training, labels): the products of all E blocks of neurons are computed once, their running
 sums are the outputs of all E experts, so labels cost no second MLP. *Prefixes* (inference): tokens sorted by expert, block b is one dense
-product over the first n_b of them; absent experts cost nothing. Weights stay where the family keeps them; prefixes are views.
+product over the first n_b of them; absent experts cost nothing. Weights stay where the family keeps them; prefixes are views. The down
+projection, whose prefixes are columns, is laid out column by column in memory, so that they are one piece, too.
 
 Labels compare outputs of the MLP as it is now, or (`label_target="frozen"`) of a copy from conversion that is saved beside the weights and
 never learns; the copy costs a second MLP wherever labels are computed.
@@ -157,6 +158,17 @@ class NestedMLP(nn.Module):
         for name in self._family.projections:
             setattr(self, name, getattr(dense, name))
 
+    def lay_out(self) -> None:
+        """Order the down projection's memory by columns; its values, shape and gradients stay, and training keeps the order.
+
+        A prefix of neurons is then one piece of memory, as it is in gate and up: reading it alone costs its share (decoding). Files
+        hold the usual order, so this is done after loading.
+        """
+        weight = self.down.weight
+        if weight.stride(0) != 1:
+            with torch.inference_mode(False):  # inference tensors could not be trained later
+                weight.data = weight.data.t().contiguous().t()
+
     # --- the dense pieces -------------------------------------------------------------------------------------------------------
 
     @property
@@ -187,7 +199,8 @@ class NestedMLP(nn.Module):
         raised = F.linear(x, up.weight[lo:hi], None if up.bias is None else up.bias[lo:hi])
         if gate is None:
             return self.act_fn(raised)
-        return self.act_fn(F.linear(x, gate.weight[lo:hi], None if gate.bias is None else gate.bias[lo:hi])) * raised
+        active = self.act_fn(F.linear(x, gate.weight[lo:hi], None if gate.bias is None else gate.bias[lo:hi]))
+        return active * raised if torch.is_grad_enabled() else active.mul_(raised)  # no one else holds it
 
     def _block_products(self, hidden: Tensor, weight: Tensor) -> list[Tensor]:
         """Each block's share of the output, output bias aside: [N, H] -> E x [N, D]."""
@@ -272,18 +285,38 @@ class NestedMLP(nn.Module):
             choice = choice * (probabilities / probabilities.detach())
         return choice.flip(-1).cumsum(-1).flip(-1)
 
-    def _forward_prefixes(self, x: Tensor, experts: Tensor) -> Tensor:
+    # --- inference --------------------------------------------------------------------------------------------------------------
+
+    def sort_tokens(self, x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor | None, list[int]]:
+        """Rows of x [N, D] with the largest experts first, their places [N] in x, and the number of tokens of each expert.
+
+        Rows and places are x and None if all tokens share one expert, as a single token always does.
+        """
         counts = torch.bincount(experts, minlength=self.moe.num_experts).tolist()
-        if max(counts) == len(x):  # all tokens share one expert, always so for a single one: a plain prefix
-            return self.expert_output(x, counts.index(len(x)))
-        order = experts.argsort(descending=True, stable=True)  # largest experts first, so block b concerns the first n_b rows
-        rows = x[order]
-        output = torch.zeros_like(rows) if self.down.bias is None else self.down.bias.to(rows.dtype).repeat(len(rows), 1)
-        remaining = len(rows)
-        for (lo, hi), count in zip(self.blocks, counts, strict=True):
-            if remaining == 0:
-                break
-            hidden = self._hidden(rows[:remaining], lo, hi)
-            output[:remaining] += F.linear(hidden, self.down.weight[:, lo:hi])
-            remaining -= count
-        return torch.empty_like(output).index_copy_(0, order, output)
+        if max(counts) == len(x):
+            return x, None, counts
+        order = experts.argsort(descending=True, stable=True)
+        return x.index_select(0, order), order, counts
+
+    def restore_order(self, output: Tensor, order: Tensor) -> Tensor:
+        """Sorted rows [N, D] back in the order of the tokens; gathering by the inverse is faster than scattering."""
+        places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        return output.index_select(0, places)
+
+    def _forward_prefixes(self, x: Tensor, experts: Tensor) -> Tensor:
+        rows, order, counts = self.sort_tokens(x, experts)
+        output, lo, remaining = None, 0, len(rows)
+        for size, count in zip(self.sizes, counts, strict=True):
+            if not count:  # its block concerns the same rows as the next one: one product for both
+                continue
+            hidden, weight = self._hidden(rows[:remaining], lo, size), self.down.weight[:, lo:size]
+            if output is None:  # every token has the first block, and with it the bias
+                output = F.linear(hidden, weight, self.down.bias)
+            elif hidden.dtype == weight.dtype:
+                output[:remaining].addmm_(hidden, weight.t())
+            else:  # autocast, which casts what F.linear multiplies
+                output[:remaining] += F.linear(hidden, weight)
+            lo, remaining = size, remaining - count
+        if output is None:  # no token at all
+            return self.expert_output(x, 0)
+        return output if order is None else self.restore_order(output, order)
