@@ -40,7 +40,7 @@ GOOD = [
     "## Draw the figure",
     "frame = pd.DataFrame({'x': [1, 2], 'y': [width, run.experiment.dynamoe.theta]})\n_, ax = plt.subplots()\nax.plot(frame.x, frame.y)\n"
     'run.figure(ax, "line", data=frame, caption="A line.")',
-    'import os, sys\nprint("kernel", sys.executable, os.environ["MALLOC_MMAP_MAX_"], os.getcwd())\nrun.finish()',
+    'import os, sys\nprint("kernel", sys.executable, os.environ["DYNAMOE_LAB_NOTEBOOK"], os.getcwd())\nrun.finish()',
 ]
 
 
@@ -225,7 +225,7 @@ def test_the_page_keeps_markup_and_drops_what_runs_or_loads():
 
 def test_a_good_notebook_is_kept_and_then_up_to_date(project, capsys, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    names = ("MPLBACKEND", "PYTHONPATH", "MALLOC_MMAP_MAX_", "DYNAMOE_LAB_NOTEBOOK", "HF_HUB_DISABLE_PROGRESS_BARS")
+    names = ("MPLBACKEND", "PYTHONPATH", "DYNAMOE_LAB_NOTEBOOK", "HF_HUB_DISABLE_PROGRESS_BARS")
     before = [os.environ.get(name) for name in names]
     write_notebook(project, "02_good", GOOD, "width: int = 3\n")
     given = ["width=4", "dynamoe.theta=0.75"]
@@ -243,7 +243,7 @@ def test_a_good_notebook_is_kept_and_then_up_to_date(project, capsys, monkeypatc
     nb = nbformat.read(folder / "notebook.ipynb", as_version=4)
     assert "papermill" not in nb.metadata
     printed = next(output.text for cell in nb.cells for output in cell.get("outputs", []) if "kernel" in output.get("text", ""))
-    assert printed.splitlines()[0].split()[2:] == ["0", "."]  # this project is the working directory, its path is not shown
+    assert printed.splitlines()[0].split()[2:] == ["02_good", "."]  # this project is the working directory, its path is not shown
     assert any("image/png" in output.get("data", {}) for cell in nb.cells for output in cell.get("outputs", []))  # inline, despite Agg
     page = (folder / "notebook.html").read_text()
     assert "<script" not in page

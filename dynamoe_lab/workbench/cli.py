@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.files import disk_full
 
 __all__ = ["app", "main"]
@@ -215,6 +216,7 @@ def doctor() -> int:
 
 def main() -> None:
     """Entry point of `dynamoe-lab` and of `python -m dynamoe_lab`."""
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a θ must not break a terminal that knows no Greek

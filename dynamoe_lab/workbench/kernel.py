@@ -189,9 +189,6 @@ def kernel_environment(name: str, *, recompute: bool = False) -> dict[str, str]:
     return variables | {
         RUNNER_VARIABLE: name,
         RECOMPUTE_VARIABLE: "1" if recompute else "",
-        # glibc gives large blocks back at once and faults them in again: keeping them spares page faults
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": "100000000000",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",

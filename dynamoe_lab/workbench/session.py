@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
+from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.drawn import figure_files, frame_csv
 from dynamoe_lab.workbench.files import told_when_full, without_paths, write_atomic
 from dynamoe_lab.workbench.records import (
@@ -103,6 +104,7 @@ class Run:
         self.name, self.experiment, self.folder = name, experiment, folder
         self._root, self._clock = root, time.perf_counter()
         self._profile, self._overrides = profile, overrides  # as they were given: a sweep's cells start from them
+        keep_freed_memory()
         self._seed()
         pid, process_started = process_identity()
         info = RunInfo(

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
+from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.cells import Cell, Inputs, run_cell
 from dynamoe_lab.workbench.records import StepUse
 from dynamoe_lab.workbench.steps import find_step, recorded_inputs, run_step
@@ -242,6 +243,7 @@ def _work(plan: Plan, modes: list, home: Path, threads: int, parent: int) -> tup
     """One cell in a process of its own, quiet, with its share of the cores; it ends when the process that wants the result is gone."""
     if os.getpid() == parent:  # a backend of threads
         return _attempt(plan, modes, Inputs(), home)
+    keep_freed_memory()
     with contextlib.suppress(ValueError):  # not in the main thread of this process
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent decides
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
