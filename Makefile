@@ -4,17 +4,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# Big short-lived tensors cost page faults with glibc's defaults; keep freed memory instead.
-export MALLOC_MMAP_MAX_ := 0
-export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env report test test-real lab lint format clean
+.PHONY: help env report test test-real bench lab lint format clean
 
 help:
 	@echo "make report     environment + the quick profile on SmolLM2-135M -> reports/quick/index.html"
 	@echo "make test       environment + the tests (minutes, two cores)"
 	@echo "make test-real  the tests that need the real model, and two long ones about killed processes"
+	@echo "make bench      speed as ratios measured side by side -> benchmarks/results.json (15 minutes, nothing else running)"
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make lint       ruff: format and rules"
 	@echo "make env        the environment alone (.venv)"
@@ -36,6 +34,9 @@ test: env
 
 test-real: env
 	$(BIN)/python -m pytest -m "real or slow"
+
+bench: env
+	$(BIN)/python benchmarks/bench.py
 
 lab: env
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_explore.ipynb

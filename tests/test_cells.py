@@ -8,7 +8,7 @@ import pytest
 
 import dynamoe_lab as lab
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.workbench.cells import Inputs, run_cell, static_cut
+from dynamoe_lab.workbench.cells import Inputs, run_cell, static_cut, time_cells
 from dynamoe_lab.workbench.steps import run_step
 
 pytestmark = pytest.mark.assets
@@ -263,3 +263,46 @@ def test_inputs_are_loaded_once_and_let_go(experiment, monkeypatch):
     assert len(loaded) == 1
     inputs.clear()
     assert inputs.model(experiment)[0] is not first
+
+
+# --- measured time -----------------------------------------------------------------------------------------------------------------
+
+
+def test_modes_that_save_time_are_timed_on_the_cells_own_model(cell, static, experiment, stepping):
+    """The numbers are those of the library called by hand: here from the cache, so that both are one measurement."""
+    step, asked = stepping
+    asked.clear()
+    routed, cut = time_cells([cell, static], step=step, pairs=2)
+    assert set(routed) == {"router", 1}, "labels and random draws save no time of their own"
+    assert set(cut) == {"router"}
+    assert asked == [("measure_latency", False), ("measure_latency", False)]
+    dense, tokenizer = lab.load_model(experiment.model)
+    model, _ = lab.load_model(cell.checkpoint)
+    data = experiment.data
+    ids = lab.load_blocks(data.heldout, tokenizer, context=data.context, tokens=data.heldout_tokens, split="heldout", seed=0).ids
+    asked.clear()
+    latency = step(lab.measure_latency, dense, model, batch=2, tokens=64, routings=("router", 1), pairs=2, ids=ids[:2])
+    assert asked == [("measure_latency", True)]
+    seconds = latency.pivot(index="pair", columns="routing", values="seconds")
+    for mode, name in (("router", "router"), (1, "expert 1")):
+        assert routed[mode]["time_ratio"] == pytest.approx((seconds[name] / seconds["dense"]).median())
+        assert routed[mode]["n"] == 2
+    assert routed[1]["active_mlp_fraction"] == pytest.approx(0.5)
+    assert cut["router"]["active_mlp_fraction"] == pytest.approx(0.5), "a static control goes the way it was trained"
+    experts = cell.traces["router"].query("document >= 0")["expert"]
+    assert 0 < routed["router"]["active_mlp_fraction"] <= max(experiment.dynamoe.experts[expert] for expert in set(experts))
+
+
+def test_what_was_not_trained_is_converted_again_to_be_timed(stepping):
+    step, asked = stepping
+    untrained = run_cell(lab.load_experiment("smoke", [*SMALL, "train.steps=0"]), modes=("label", 0), step=step)
+    asked.clear()
+    (times,) = time_cells([untrained], step=step, pairs=1, batch=1)
+    assert asked == [("calibrate", True), ("measure_latency", False)]
+    assert times[0]["active_mlp_fraction"] == pytest.approx(0.25)
+
+
+def test_nothing_is_loaded_where_nothing_is_to_be_timed(cell):
+    assert time_cells([cell], step=None, pairs=0) == [{}]
+    labels = replace(cell, losses={"label": cell.losses["label"]})
+    assert time_cells([labels], step=None) == [{}]

@@ -90,6 +90,13 @@ class TestPareto:
             "1.50 times the dense perplexity (1.35 to 1.65)."
         )
 
+    def test_measured_time_stands_beside_the_parameters(self):
+        rows = make_pareto([("dense", np.nan, 0, 0, 1.0, 1.0), ("router", 0.9, 0, 1000, 0.6, 1.5)])
+        sentence = pareto_finding(rows.assign(time_ratio=[1, 0.85], time_low=[1, 0.83], time_high=[1, 0.88]))
+        assert "98 M of 130 M parameters active (75 %), 85 % (83 % to 88 %) of the dense model's time, 1.50 times" in sentence
+        assert sentence.endswith(" (time: of a prefill, median and 10 to 90 % quantiles over rounds).")
+        assert "time:" not in pareto_finding(rows.assign(time_ratio=np.nan, time_low=np.nan, time_high=np.nan))
+
     def test_seeds_dominated_points_and_untrained_labels(self):
         rows = make_pareto([("router", 0.9, 0, 1000, 0.6, 1.0), ("router", 0.9, 1, 1000, 0.6, 4.0), ("static", np.nan, 0, 1000, 0.5, 1.5)])
         sentence = pareto_finding(rows)

@@ -36,7 +36,11 @@ class TestPareto:
         expected = ["router", 0.9, 2, 40960, 113e6, 0.67, "perplexity_ratio", 1.6, 1.5, 1.8, 25]
         for active in (cost, cost.iloc[1], cost.iloc[1].to_dict()):
             row = pareto_row(quality, active, method="router", theta=0.9, seed=2, train_tokens=40960)
-            assert row.iloc[0].tolist() == expected
+            assert row.iloc[0, :11].tolist() == expected
+            assert row.iloc[0, 11:].isna().all(), "time was not measured"
+        time = {"time_ratio": 0.8, "time_ratio_low": 0.78, "time_ratio_high": 0.85, "realised": 0.9}
+        timed = pareto_row(quality, cost, method="router", time_row=pd.Series(time))
+        assert timed.iloc[0, 11:].to_dict() == {"time_ratio": 0.8, "time_low": 0.78, "time_high": 0.85}
         assert np.isnan(pareto_row(quality.iloc[0], cost, method="static")["theta"].item())
         with pytest.raises(InputError, match="one row is needed, the frame has 2"):
             pareto_row(pd.concat([quality, quality]), cost, method="router")
@@ -83,6 +87,25 @@ class TestPareto:
         assert router["active_mlp_fraction"] == pytest.approx(0.61)
         assert (router["low"], router["high"], router["seeds"]) == pytest.approx((0.9, 4.4, 2))
         assert pareto_front(rows)["dominated"].tolist() == [True, True, False, False, True]
+
+    def test_time_is_a_cost_of_its_own(self):
+        rows = make_pareto([("router", 0.9, 0, 1, 0.6, 1.5), ("static", np.nan, 0, 1, 0.7, 1.6), ("label", 0.9, 0, 1, 0.5, 9.0)])
+        rows["time_ratio"] = [0.9, 0.8, np.nan]
+        by_params, by_time = (pareto_points(rows, cost=cost).set_index("method") for cost in ("active_params", "time_ratio"))
+        assert by_params["dominated"].to_dict() == {"router": False, "static": True, "label": False}
+        assert by_time["dominated"].to_dict() == {"router": False, "static": False, "label": False}
+        slow = rows.assign(time_ratio=[0.9, 0.95, np.nan])
+        assert pareto_points(slow, cost="time_ratio").set_index("method")["dominated"].to_dict() == {
+            "router": False, "static": True, "label": False,
+        }  # fmt: skip
+        with pytest.raises(InputError, match="cost = 'seconds', give active_params, active_mlp_fraction or time_ratio"):
+            pareto_points(rows, cost="seconds")
+
+    def test_times_of_seeds_are_put_together(self):
+        rows = make_pareto([("router", 0.9, seed, 1, 0.6, 1.5) for seed in (0, 1)])
+        rows = rows.assign(time_ratio=[0.8, 0.9], time_low=[0.78, 0.85], time_high=[0.82, 0.93])
+        assert pareto_points(rows)[["time_ratio", "time_low", "time_high"]].iloc[0].tolist() == pytest.approx([0.85, 0.78, 0.93])
+        assert pareto_points(rows.drop(columns=["time_ratio", "time_low", "time_high"]))["time_ratio"].isna().all()
 
     def test_higher_is_better_for_accuracies_and_metrics_stay_apart(self):
         accuracy = make_pareto([("router", 0.9, 0, 1, 0.6, 0.5), ("static", np.nan, 0, 1, 0.7, 0.4)], metric="acc")

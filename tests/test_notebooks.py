@@ -22,6 +22,7 @@ FIGURES = {
     "05_expert_usage": ("expert_usage", "expert_usage_by_domain"),
     "06_pareto": ("pareto",),
     "07_collapse": ("collapse", "collapse_entropy", "collapse_training"),
+    "09_latency": ("latency", "realised_vs_ideal", "time_parts", "cost_growth"),
     "20_ablation": ("ablation",),
 }
 COLUMNS = {  # of the documented tables
@@ -29,7 +30,10 @@ COLUMNS = {  # of the documented tables
     "04_router_confusion/router_confusion_by_layer": "run theta layer label expert tokens share",
     "05_expert_usage/expert_usage": "run theta domain layer expert share tokens",
     "05_expert_usage/expert_usage_by_domain": "run theta domain layer expert share tokens",
-    "06_pareto/pareto": "method theta seed train_tokens active_params active_mlp_fraction metric value low high n",
+    "06_pareto/pareto": "method theta seed train_tokens active_params active_mlp_fraction metric value low high n "
+    "time_ratio time_low time_high",
+    "09_latency/latency": "run phase batch tokens threads device routing seconds active_mlp_fraction ideal_seconds low high n",
+    "09_latency/time_parts": "run routing phase batch tokens part seconds share",
     "07_collapse/collapse": "lambda_router router_gradient seed layer expert share tokens",
     "20_ablation/ablation": "cell dynamoe.importance mode metric value low high n active_mlp_fraction active_params train_tokens status",
 }
@@ -104,6 +108,28 @@ def test_the_frontier_holds_every_control_at_its_compute(report):
 
 
 @pytest.mark.assets
+def test_time_is_told_beside_parameters_where_it_was_measured(report):
+    pareto = pd.read_csv(report / "06_pareto" / "pareto.csv")
+    timed = pareto["method"].isin(["router", "static", "dense"])
+    assert pareto.loc[timed, "time_ratio"].gt(0).all()
+    assert pareto.loc[~timed, "time_ratio"].isna().all(), "labels and random draws are not timed"
+    assert (pareto.loc[pareto["method"] == "dense", ["time_ratio", "time_low", "time_high"]] == 1).all(axis=None)
+
+
+@pytest.mark.assets
+def test_latency_knows_every_phase_and_routing(report):
+    latency = pd.read_csv(report / "09_latency" / "latency.csv")
+    assert set(latency["phase"]) == {"prefill", "decode"}
+    assert set(latency["routing"]) == {"dense", "router", "one expert", "mixed"}
+    dense = latency[latency["routing"] == "dense"]
+    assert (dense["ideal_seconds"] == dense["seconds"]).all()
+    energy = pd.read_csv(report / "09_latency" / "energy.csv")
+    assert energy["joules_per_token"].gt(0).all() or energy["note"].str.startswith("not measured: ").all()
+    trained = [step["cached"] for step in record(report, "09_latency")["results"]["steps"] if step["function"] == "train"]
+    assert trained == [True], "the model is that of notebook 03"
+
+
+@pytest.mark.assets
 def test_the_report_opens_with_what_was_found(report):
     page = (report / "index.html").read_text(encoding="utf-8")
     opening = html.unescape(page[: page.index('id="01_convert"')]).replace("\u00a0", " ")
@@ -118,7 +144,7 @@ def test_again_nothing_runs(home, report):
     began = time.perf_counter()
     done = run(home, report)
     assert time.perf_counter() - began < 60
-    assert done.stdout.count("up to date") == 9
+    assert done.stdout.count("up to date") == 10
     assert before == {path: path.stat().st_mtime_ns for path in report.rglob("*.png")}
 
 
@@ -127,7 +153,7 @@ def test_a_deleted_folder_is_remade_without_training(home, report):
     before = (report / "05_expert_usage" / "expert_usage.csv").read_bytes()
     shutil.rmtree(report / "05_expert_usage")
     done = run(home, report)
-    assert done.stdout.count("up to date") == 8
+    assert done.stdout.count("up to date") == 9
     steps = record(report, "05_expert_usage")["results"]["steps"]
     assert {"calibrate", "train", "trace_routing"} <= {step["function"] for step in steps}
     assert all(step["cached"] for step in steps)

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from latency_frames import make_growth, make_parts, make_ratios
 from matplotlib.figure import Figure
 
 from dynamoe_lab.analysis import metrics, plots, style
@@ -112,6 +113,9 @@ def study_frames() -> dict[str, pd.DataFrame]:
         "information": metrics.stack_runs(information),
         "collapse_steps": metrics.stack_runs(steps),
         "sweep": make_sweep(),
+        "ratios": make_ratios(),
+        "parts": make_parts(),
+        "growth": make_growth(),
     }
 
 
@@ -151,10 +155,14 @@ DRAW = {
     "plot_collapse": "collapse",
     "plot_collapse_entropy": "information",
     "plot_collapse_training": "collapse_steps",
+    "plot_cost_growth": "growth",
     "plot_difficulty_by_domain": "means",
     "plot_difficulty_vs_surprisal": "bins",
     "plot_label_share": "shares",
+    "plot_latency": "ratios",
     "plot_pareto": "pareto",
+    "plot_realised_vs_ideal": "ratios",
+    "plot_time_parts": "parts",
     "plot_importance_curves": "curves",
     "plot_expert_similarity": "similarity",
     "plot_training_curves": "steps",

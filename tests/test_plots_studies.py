@@ -91,7 +91,7 @@ class TestDifficulty:
 
 class TestPareto:
     def test_marks_stand_where_the_seeds_mean_is(self):
-        ax = plots.plot_pareto(make_pareto(), dense_params=140e6)
+        ax = plots.plot_pareto(make_pareto(), dense_params=140e6).axes[0]
         expected = [((60 + 80 * share) / 140, np.sqrt(value * (value + 0.1))) for share, value in ((0.4, 1.9), (0.65, 1.4))]
         assert marks(ax, style.method_color("router")) == [pytest.approx(point) for point in expected]
         assert marks(ax, style.method_color("static")) == [pytest.approx(point) for point in ((100 / 140, 2.5), (120 / 140, 1.75))]
@@ -104,24 +104,77 @@ class TestPareto:
         assert sorted(text for text in texts(ax) if text) == sorted(["0.8", "0.9"] * 3 + ["50 %", "75 %", "dense model"])
 
     def test_front_ends_at_the_dense_model_and_labels_are_not_on_it(self):
-        ax = plots.plot_pareto(make_pareto(seeds=1), dense_params=140e6, x="active_mlp_fraction")
+        figure = plots.plot_pareto(make_pareto(seeds=1), dense_params=140e6, x="active_mlp_fraction")
+        ax = figure.axes[0]
         front = next(line for line in ax.get_lines() if line.get_drawstyle() == "steps-post")
         assert list(zip(*front.get_data(), strict=True)) == [pytest.approx(p) for p in ((0.4, 1.9), (0.65, 1.4), (1.0, 1.0))]
-        assert "θ = 0.8 runs 40 % of the MLP neurons at 1.90 times the dense perplexity" in ax.get_title(loc="left").replace("\n", " ")
-        assert "0 of 2 are dominated" in ax.get_title(loc="left").replace("\n", " ")
+        assert "θ = 0.8 runs 40 % of the MLP neurons at 1.90 times the dense perplexity" in title(figure)
+        assert "0 of 2 are dominated" in title(figure)
 
     def test_the_title_compares_with_the_static_cut_of_the_same_size(self):
         rows = make_pareto(seeds=1)
         router = rows[(rows["method"] == "router") & (rows["theta"] == 0.9)]
         cut = router.assign(method="static", value=1.3, active_mlp_fraction=0.71)
-        ax = plots.plot_pareto(pd.concat([rows, cut]), dense_params=140e6)
-        message = ax.get_title(loc="left").replace("\n", " ")
+        figure = plots.plot_pareto(pd.concat([rows, cut]), dense_params=140e6)
+        ax, message = figure.axes[0], title(figure)
         assert message.endswith(f"router and static cut of the same active parameters: θ = 0.9: {router['value'].iloc[0]:.2f} and 1.30")
         assert "71 %" in texts(ax), "a cut is known by its width, not by the θ it stands beside"
 
+    @staticmethod
+    def timed(seeds: int = 1) -> pd.DataFrame:
+        """A router that saves half of what its parameters promise, static cuts that save all of it; the rest was not timed."""
+        rows = make_pareto(seeds=seeds)
+        share = rows["active_params"] / 140e6
+        timed = rows["method"].isin(["router", "static", "dense"])
+        rows["time_ratio"] = share.where(rows["method"] != "router", (1 + share) / 2).where(timed)
+        return rows.assign(time_low=rows["time_ratio"] - 0.01, time_high=rows["time_ratio"] + 0.02)
+
+    def test_measured_time_has_a_panel_of_its_own(self):
+        figure = plots.plot_pareto(self.timed(), dense_params=140e6)
+        counted, measured = figure.axes
+        shares = [(60 + 80 * share) / 140 for share in (0.4, 0.65)]
+        times = [(1 + share) / 2 for share in shares]
+        assert [x for x, _ in marks(counted, style.method_color("router"))] == pytest.approx(shares)
+        drawn = [line for line in single_marks(measured) if line.get_marker() == style.method_marker("router")]
+        assert [line.get_xdata()[0] for line in drawn] == pytest.approx(times)
+        assert [line.get_ydata()[0] for line in drawn] == pytest.approx([1.9, 1.4])
+        ticks = [line for line in single_marks(measured) if line.get_marker() == "|"]
+        blue = [line.get_xdata()[0] for line in ticks if same_color(line.get_color(), style.method_color("router"))]
+        assert blue == pytest.approx(shares), "the share of the parameters stands beside the time"
+        joined = [line.get_xdata() for line in measured.get_lines() if len(line.get_xdata()) == 2 and len(set(line.get_ydata())) == 1]
+        for pair in zip(shares, times, strict=True):
+            assert any(line == pytest.approx(pair) for line in map(tuple, joined))
+        assert {line.get_marker() for line in single_marks(measured)} <= {"o", "D", "*", "|"}, "labels and random draws are not timed"
+        ends = [tuple(path[:, 0]) for lines in measured.collections for path in lines.get_segments() if path[0, 1] == path[1, 1]]
+        assert (pytest.approx(times[0] - 0.01), pytest.approx(times[0] + 0.02)) in [(low, high) for low, high in ends]
+        assert counted.get_ylim() == measured.get_ylim()
+
+    def test_in_each_panel_pale_is_what_its_own_axis_says(self):
+        rows = self.timed()
+        cut = rows[(rows["method"] == "static") & (rows["active_mlp_fraction"] == 0.5)].index
+        rows.loc[cut, ["value", "low", "high"]] = [1.95, 1.9, 2.0]  # worse and dearer in parameters than the router at 0.8, but faster
+        counted, measured = plots.plot_pareto(rows, dense_params=140e6).axes
+        alpha = [
+            next(line.get_alpha() for line in single_marks(ax) if line.get_marker() == "D" and line.get_ydata()[0] == 1.95)
+            for ax in (counted, measured)
+        ]
+        assert alpha == [0.4, 1.0]
+
+    def test_without_times_there_is_one_panel(self):
+        assert len(plots.plot_pareto(make_pareto(), dense_params=140e6).axes) == 1
+        unknown = make_pareto().assign(time_ratio=np.nan, time_low=np.nan, time_high=np.nan)
+        assert len(plots.plot_pareto(unknown, dense_params=140e6).axes) == 1
+
+    def test_the_title_says_the_time_of_both(self):
+        rows = self.timed()
+        router = rows[(rows["method"] == "router") & (rows["theta"] == 0.9)]
+        cut = router.assign(method="static", value=1.3, time_ratio=0.77)
+        message = title(plots.plot_pareto(pd.concat([rows, cut]), dense_params=140e6))
+        assert message.endswith("θ = 0.9: 1.40 and 1.30 at 90 % and 77 % of its time")
+
     def test_another_metric_is_linear_with_the_dense_models_own_level(self):
         accuracy = make_pareto(seeds=1).assign(metric="acc", value=lambda frame: 0.3 + 0.2 * frame["active_mlp_fraction"])
-        ax = plots.plot_pareto(pd.concat([make_pareto(), accuracy]), dense_params=140e6, metric="acc")
+        ax = plots.plot_pareto(pd.concat([make_pareto(), accuracy]), dense_params=140e6, metric="acc").axes[0]
         assert ax.get_yscale() == "linear"
         assert any(np.allclose(line.get_ydata(), 0.5) for line in ax.get_lines() if line.get_linestyle() == "--")
         with pytest.raises(InputError, match="no rows of metric 'bleu'; the frame has perplexity_ratio"):
@@ -134,7 +187,7 @@ class TestPareto:
         for theta, share in ((0.7, 0.39), (0.95, 0.66), (0.99, 0.67)):  # crowded
             near = rows[0].query("method != 'static' and theta == 0.8").assign(theta=theta, active_mlp_fraction=share)
             rows.append(near.assign(active_params=60e6 + 80e6 * share, value=lambda frame: frame["value"] * 1.02))
-        ax = plots.plot_pareto(pd.concat(rows), dense_params=140e6)
+        ax = plots.plot_pareto(pd.concat(rows), dense_params=140e6).axes[0]
         ax.figure.canvas.draw()
         boxes = [text.get_window_extent() for text in ax.texts if text.get_text() and text.get_text() != "dense model"]
         assert len(boxes) == 17

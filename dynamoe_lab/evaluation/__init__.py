@@ -1,7 +1,11 @@
-"""Perplexity, routing traces, cost: model -> DataFrame."""
+"""Perplexity, routing traces, cost, latency: model -> DataFrame."""
 
 from dynamoe_lab.evaluation.cost import count_active_params, expert_params
+from dynamoe_lab.evaluation.cost_model import ideal_share, model_cost
 from dynamoe_lab.evaluation.difficulty import trace_similarity
+from dynamoe_lab.evaluation.energy import measure_energy
+from dynamoe_lab.evaluation.latency import measure_latency, random_pair, time_parts
+from dynamoe_lab.evaluation.overrule import mixed_shares
 from dynamoe_lab.evaluation.perplexity import document_losses, evaluate_perplexity
 from dynamoe_lab.evaluation.routing import expert_similarity, logit_change, trace_routing, trace_text
 
@@ -11,7 +15,14 @@ __all__ = [
     "evaluate_perplexity",
     "expert_params",
     "expert_similarity",
+    "ideal_share",
     "logit_change",
+    "measure_energy",
+    "measure_latency",
+    "mixed_shares",
+    "model_cost",
+    "random_pair",
+    "time_parts",
     "trace_routing",
     "trace_similarity",
     "trace_text",

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import DynaMoEMixin, NestedMLP, decoder_layers
 
-__all__ = ["count_active_params", "expert_params"]
+__all__ = ["count_active_params", "expert_params", "expert_tokens"]
 
 
 def expert_params(mlp: NestedMLP) -> list[int]:
@@ -15,6 +15,29 @@ def expert_params(mlp: NestedMLP) -> list[int]:
     per_neuron = sum(linear.in_features + (linear.bias is not None) for linear in inputs) + mlp.down.out_features
     shared = 0 if mlp.down.bias is None else mlp.down.bias.numel()
     return [size * per_neuron + shared for size in mlp.sizes]
+
+
+def expert_tokens(model: PreTrainedModel, routing: pd.DataFrame | None, function: str) -> pd.DataFrame:
+    """How the tokens of each layer divide among the experts of a converted model: index layer, a column per expert that is used.
+
+    Args:
+        routing: table `routing` (one row per token and layer: tokens are counted) or `expert_usage` (its shares); None: all tokens take
+            the one expert that `model.set_routing` was given.
+        function: in whose name an InputError is raised: a routing of another model, or needed and missing.
+    """
+    layers, mode = len(model.nested_mlps()), model.routing.mode
+    if routing is None:
+        fixed = {"full": model.moe.num_experts - 1, "fixed": model.routing.expert}.get(mode)
+        if fixed is None:
+            raise InputError(f"{function}: under routing {mode!r} tokens differ; give the frame of lab.trace_routing")
+        return pd.DataFrame({fixed: 1}, index=range(layers))
+    groups = routing.groupby(["layer", "expert"], observed=True)
+    usage = (groups["share"].sum() if "share" in routing else groups.size()).unstack(fill_value=0)
+    if list(usage.index) != list(range(layers)) or usage.columns.max() >= model.moe.num_experts:
+        raise InputError(f"{function}: this routing is not of a model with {layers} layers and {model.moe.num_experts} experts")
+    if "share" in routing and groups.size().max() > 1:
+        raise InputError(f"{function}: the shares are those of several runs or domains; pass the rows of one of them")
+    return usage
 
 
 def count_active_params(model: PreTrainedModel, routing: pd.DataFrame | None = None, *, run: str = "") -> pd.DataFrame:
@@ -35,16 +58,8 @@ def count_active_params(model: PreTrainedModel, routing: pd.DataFrame | None = N
     """
     if not isinstance(model, DynaMoEMixin):
         raise InputError(f"count_active_params: {type(model).__name__} has no experts; convert it first with lab.convert")
-    mlps, mode = model.nested_mlps(), model.routing.mode
-    fixed = {"full": model.moe.num_experts - 1, "fixed": model.routing.expert}.get(mode)
-    if routing is not None:
-        usage = routing.groupby(["layer", "expert"], observed=True).size().unstack(fill_value=0)
-    elif fixed is None:
-        raise InputError(f"count_active_params: under routing {mode!r} tokens differ; give the frame of lab.trace_routing")
-    else:
-        usage = pd.DataFrame({fixed: 1}, index=range(len(mlps)))
-    if list(usage.index) != list(range(len(mlps))) or usage.columns.max() >= model.moe.num_experts:
-        raise InputError(f"count_active_params: this routing is not of a model with {len(mlps)} layers and {model.moe.num_experts} experts")
+    mlps, usage = model.nested_mlps(), expert_tokens(model, routing, "count_active_params")
+    asked = model.routing.mode not in ("full", "fixed")
     nested = {id(parameter) for mlp in mlps for parameter in mlp.parameters()}
     others = [sum(parameter.numel() for parameter in layer.parameters() if id(parameter) not in nested) for layer in decoder_layers(model)]
     rows = []
@@ -52,7 +67,7 @@ def count_active_params(model: PreTrainedModel, routing: pd.DataFrame | None = N
         sizes = expert_params(mlp)
         counts = usage.loc[index]
         active = sum(counts.get(expert, 0) * size for expert, size in enumerate(sizes)) / counts.sum()
-        router = 0 if fixed is not None else sum(parameter.numel() for parameter in mlp.router.parameters())
+        router = sum(parameter.numel() for parameter in mlp.router.parameters()) if asked else 0
         rows.append(_row(run, str(index), active, sizes[-1], router, others[index]))
     whole = pd.DataFrame(rows)
     every = sum(parameter.numel() for parameter in model.parameters())  # parameters() yields a tied weight once

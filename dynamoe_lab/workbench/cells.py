@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dynamoe_lab.config import Experiment
     from dynamoe_lab.data import Blocks
 
-__all__ = ["Cell", "Inputs", "check_modes", "run_cell", "static_cut"]
+__all__ = ["Cell", "Inputs", "check_modes", "run_cell", "static_cut", "time_cells"]
 
 Mode = str | int
 MODES = ("router", "label", "full", "random")  # and the index of an expert
@@ -152,7 +152,7 @@ def run_cell(
         return routed
 
     for mode in modes:
-        width = method.train_route if mode in ("router", "random") and isinstance(method.train_route, int) else mode
+        width = _followed(experiment, mode)
         if width == "random":
             shares = expert_usage(routed_by_routers(), theta=method.theta, experts=method.num_experts)
             model.set_routing("random", shares=shares, seed=experiment.seed)
@@ -179,6 +179,61 @@ def run_cell(
         neurons=model.nested_mlps()[0].sizes[-1],
         neuron_params=sum(_neuron_params(mlp) for mlp in model.nested_mlps()),
     )
+
+
+def _followed(experiment: "Experiment", mode: Mode) -> Mode:
+    """Who really decides under a mode: a model that was trained at one width goes that way, its routers were never followed."""
+    route = experiment.dynamoe.train_route
+    return route if mode in ("router", "random") and isinstance(route, int) else mode
+
+
+def time_cells(cells: Sequence[Cell], *, step: Callable[..., Any], pairs: int = 3, batch: int = 2) -> "list[dict[Mode, pd.Series]]":
+    """Measured time of a prefill beside the dense model, for every cell and each of its modes that saves time.
+
+    Cells are timed one after the other, in this process, for a neighbour on the same cores would be measured, too; a sweep may run several
+    at once, so call this when it is done. "label" and "random" are not timed: labels take the full MLP, and random draws stand for the
+    router's own work.
+
+    Args:
+        cells: of a sweep, or of `run_cell`.
+        step: calls a function through the step cache, as `Run.step` does.
+        pairs: rounds in which the dense model and each mode run once; 0: nothing is measured.
+        batch: held-out blocks of one prefill, which are the ones that the router is timed on.
+
+    Returns:
+        A dict per cell: mode -> row of `latency_ratios` (time_ratio, time_ratio_low, time_ratio_high, amdahl, realised, ...).
+
+    Raises:
+        InputError: what `measure_latency` refuses, e.g. more blocks than there are.
+    """
+    from dynamoe_lab.analysis import latency_ratios
+    from dynamoe_lab.evaluation import measure_latency
+    from dynamoe_lab.evaluation.overrule import routing_name
+
+    inputs, found = Inputs(), []
+    for cell in cells:
+        widths = {mode: _followed(cell.experiment, mode) for mode in cell.losses if mode not in ("label", "random")}
+        if not widths or not pairs:
+            found.append({})
+            continue
+        dense, _ = inputs.model(cell.experiment)
+        ids = inputs.blocks(cell.experiment, "heldout").ids[:batch]
+        setting = {"batch": batch, "tokens": ids.shape[1], "routings": tuple(dict.fromkeys(widths.values())), "pairs": pairs}
+        ratios = latency_ratios(step(measure_latency, dense, _weights(cell, step, inputs), ids=ids, **setting)).set_index("routing")
+        found.append({mode: ratios.loc[routing_name(width)] for mode, width in widths.items()})
+    return found
+
+
+def _weights(cell: Cell, step: Callable[..., Any], inputs: Inputs) -> "PreTrainedModel":
+    """The model that a cell measured: its checkpoint, or the conversion where nothing was trained."""
+    from dynamoe_lab.conversion import calibrate
+    from dynamoe_lab.loading import load_model
+
+    experiment = cell.experiment
+    if cell.checkpoint is not None:
+        return load_model(cell.checkpoint, dtype=experiment.dtype, device=experiment.device)[0]
+    dense, _ = inputs.model(experiment)
+    return inputs.converted(experiment, step(calibrate, dense, inputs.blocks(experiment, "calibration")))
 
 
 def _neuron_params(mlp: Any) -> int:

@@ -8,6 +8,7 @@ with `run.finding(sentence, source=stem)`.
 from dynamoe_lab.analysis.findings.ablation import ablation_finding
 from dynamoe_lab.analysis.findings.collapse import collapse_finding, collapse_verdict
 from dynamoe_lab.analysis.findings.difficulty import difficulty_domain_finding, difficulty_finding, label_share_finding
+from dynamoe_lab.analysis.findings.latency import cost_growth_finding, latency_finding, time_parts_finding
 from dynamoe_lab.analysis.findings.model import active_params_finding, conversion_finding, perplexity_finding, training_finding
 from dynamoe_lab.analysis.findings.pareto import pareto_finding, static_finding
 from dynamoe_lab.analysis.findings.router import neighbour_finding, router_finding
@@ -19,15 +20,18 @@ __all__ = [
     "collapse_finding",
     "collapse_verdict",
     "conversion_finding",
+    "cost_growth_finding",
     "difficulty_domain_finding",
     "difficulty_finding",
     "domain_finding",
     "label_share_finding",
+    "latency_finding",
     "neighbour_finding",
     "pareto_finding",
     "perplexity_finding",
     "router_finding",
     "static_finding",
+    "time_parts_finding",
     "training_finding",
     "usage_finding",
 ]

@@ -16,7 +16,7 @@ SAME_COMPUTE = 0.015  # shares of the MLP, and relative counts of parameters, th
 def pareto_finding(pareto: pd.DataFrame) -> str:
     """What does each θ save, and what does it cost in perplexity?
 
-    Trained routers are told; where there are none, the labels themselves, as converted.
+    Trained routers are told, with the measured time where there is one; where there are none, the labels themselves, as converted.
 
     Args:
         pareto: the table `pareto`; rows of metric "perplexity_ratio". With a row of method "dense" savings are shares of its parameters.
@@ -43,6 +43,8 @@ def pareto_finding(pareto: pd.DataFrame) -> str:
             if dense.empty
             else f" of {compact(dense.iloc[0])} parameters active ({percent(row['active_params'] / dense.iloc[0])})"
         )
+        if np.isfinite(row["time_ratio"]):
+            size += f", {percent(row['time_ratio'])} ({percent(row['time_low'])} to {percent(row['time_high'])}) of the dense model's time"
         spread = f"{row['low']:.2f} to {row['high']:.2f}" if np.isfinite(row["low"]) else "no interval"
         seeds = f", mean and span of {row['seeds']} seeds" if row["seeds"] > 1 else ""
         texts.append(
@@ -51,8 +53,9 @@ def pareto_finding(pareto: pd.DataFrame) -> str:
             f"{'' if row['theta'] in set(cuts) or cuts.empty else '; no static cut was trained beside it'})"
         )
     budgets = [f"{int(tokens):,}" for tokens in sorted(routed["train_tokens"].unique())]
+    timed = " (time: of a prefill, median and 10 to 90 % quantiles over rounds)" if routed["time_ratio"].notna().any() else ""
     trained = f"trained on {list_names(budgets)} tokens" if routed["train_tokens"].max() > 0 else "without training"
-    return f"{kind} {trained}, on n = {int(routed['n'].min())} documents: {'; '.join(texts)}."
+    return f"{kind} {trained}, on n = {int(routed['n'].min())} documents: {'; '.join(texts)}{timed}."
 
 
 def static_finding(comparison: pd.DataFrame) -> str:

@@ -11,6 +11,7 @@ from dynamoe_lab.errors import InputError
 
 __all__ = ["lower_is_better", "pareto_front", "pareto_points", "pareto_row", "static_comparison"]
 
+TIMES = ("time_ratio", "time_low", "time_high")  # measured beside the dense model; nan where they were not
 _COLUMNS = ("method", "theta", "seed", "train_tokens", "active_params", "active_mlp_fraction", "metric", "value", "low", "high", "n")
 _LOWER = ("perplexity", "loss", "surprisal", "seconds", "active_")
 ORACLE = "label"  # its labels cost a full MLP to compute: a bound on what a router could do, not a way to save
@@ -29,6 +30,7 @@ def pareto_row(
     theta: float = np.nan,
     seed: int = 0,
     train_tokens: int = 0,
+    time_row: pd.DataFrame | pd.Series | Mapping | None = None,
 ) -> pd.DataFrame:
     """One row of the table `pareto`, metric "perplexity_ratio".
 
@@ -38,9 +40,11 @@ def pareto_row(
         method: "dense", "router", "label", "random" or "static".
         theta: threshold; of a static cut that of the router whose compute it matches; nan where there is none.
         train_tokens: tokens trained on; 0: as converted.
+        time_row: time_ratio, time_ratio_low, time_ratio_high of a row of `latency_ratios`; None: not measured.
 
     Returns:
-        method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n.
+        method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n, time_ratio, time_low, time_high
+        (time over the dense model's, nan where it was not measured).
     """
     quality = _single(perplexity_row, ("ratio", "low", "high", "n"), "pareto_row: perplexity_row")
     if isinstance(active_row, pd.DataFrame) and "layer" in active_row.columns:
@@ -49,25 +53,35 @@ def pareto_row(
     row = {"method": method, "theta": float(theta), "seed": int(seed), "train_tokens": int(train_tokens)}
     row |= {name: float(cost[name]) for name in ("active_params", "active_mlp_fraction")}
     row |= {"metric": "perplexity_ratio", "value": float(quality["ratio"]), "low": float(quality["low"]), "high": float(quality["high"])}
-    return pd.DataFrame([row | {"n": int(quality["n"])}])
+    measured = ("time_ratio", "time_ratio_low", "time_ratio_high")
+    time = dict.fromkeys(measured, np.nan) if time_row is None else _single(time_row, measured, "pareto_row: time_row")
+    times = {name: float(time[given]) for name, given in zip(TIMES, measured, strict=True)}
+    return pd.DataFrame([row | {"n": int(quality["n"])} | times])
 
 
-def pareto_points(pareto: pd.DataFrame) -> pd.DataFrame:
+def pareto_points(pareto: pd.DataFrame, *, cost: str = "active_params") -> pd.DataFrame:
     """The table `pareto` with the seeds of one setting put together, and which settings are dominated.
 
-    A setting is dominated when another of the same metric has no more active parameters and is no worse, and is better in one of the two,
-    by point estimates and over all methods together. The label oracle cannot dominate: computing its labels takes the full MLP.
+    A setting is dominated when another of the same metric costs no more and is no worse, and is better in one of the two, by point
+    estimates and over all methods together. The label oracle cannot dominate: computing its labels takes the full MLP.
 
     Args:
-        pareto: method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n.
+        pareto: method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n; time_ratio, time_low,
+            time_high where time was measured.
+        cost: the column that says what a setting costs: active_params, active_mlp_fraction or time_ratio. What has no value there neither
+            dominates nor is dominated.
 
     Returns:
         metric, method, theta, train_tokens, active_params, active_mlp_fraction (means over seeds), value (mean over seeds; of
         perplexities and their ratios the geometric one), low, high (of the only seed, or the lowest and highest end over seeds), n,
-        seeds, dominated. A setting without θ (static) is told by its active fraction.
+        seeds, time_ratio (mean over seeds), time_low, time_high (as low and high; nan where not measured), dominated. A setting without θ
+        (static) is told by its active fraction.
     """
     groups, how = _settings(pareto, "pareto_points"), {"sort": False, "dropna": False}
     rows = pareto.assign(setting=groups, n=pareto["n"].astype(np.int64))
+    rows = rows.assign(**{name: np.nan for name in TIMES if name not in rows})
+    if cost not in (costs := ("active_params", "active_mlp_fraction", "time_ratio")):
+        raise InputError(f"pareto_points: cost = {cost!r}, give {', '.join(costs[:-1])} or {costs[-1]}")
     logs = rows["metric"].map(lower_is_better) & (rows["value"] > 0)
     rows["middle"] = np.where(logs, np.log(rows["value"].where(logs, 1.0)), rows["value"])
     columns = {name: (name, "first") for name in ("metric", "method", "theta", "train_tokens")}
@@ -78,17 +92,20 @@ def pareto_points(pareto: pd.DataFrame) -> pd.DataFrame:
         "high": ("high", "max"),
         "n": ("n", "min"),
         "seeds": ("seed", "nunique"),
+        "time_ratio": ("time_ratio", "mean"),
+        "time_low": ("time_low", "min"),
+        "time_high": ("time_high", "max"),
     }
     points = rows.groupby("setting", **how).agg(**columns)
     logs = logs.groupby(groups, **how).all()
     points["value"] = np.where(logs, np.exp(points["value"].where(logs, 0.0)), points["value"])
     points["dominated"] = False
     for metric, part in points.groupby("metric"):
-        cost = part["active_params"].to_numpy(dtype=np.float64)
+        price = part[cost].to_numpy(dtype=np.float64)
         loss = part["value"].to_numpy(dtype=np.float64) * (1 if lower_is_better(metric) else -1)
-        close = 1e-9 * np.abs(cost).max()  # a mean over tokens of the same count is not always the same float
-        no_worse = (cost[:, None] <= cost + close) & (loss[:, None] <= loss)  # [by, of]
-        better = (cost[:, None] < cost - close) | (loss[:, None] < loss)
+        close = 1e-9 * np.abs(price[np.isfinite(price)]).max(initial=0.0)  # means of the same count are not always the same float
+        no_worse = (price[:, None] <= price + close) & (loss[:, None] <= loss)  # [by, of]
+        better = (price[:, None] < price - close) | (loss[:, None] < loss)
         counts = (part["method"] != ORACLE).to_numpy()[:, None]
         points.loc[part.index, "dominated"] = (no_worse & better & counts).any(axis=0)
     return points.reset_index(drop=True)

@@ -10,12 +10,14 @@ from dynamoe_lab.analysis.plots.ablation import plot_ablation
 from dynamoe_lab.analysis.plots.collapse import plot_collapse, plot_collapse_entropy, plot_collapse_training
 from dynamoe_lab.analysis.plots.conversion import plot_expert_similarity, plot_importance_curves
 from dynamoe_lab.analysis.plots.difficulty import plot_difficulty_by_domain, plot_difficulty_vs_surprisal, plot_label_share
+from dynamoe_lab.analysis.plots.latency import plot_latency, plot_realised_vs_ideal
 from dynamoe_lab.analysis.plots.pareto import plot_pareto
 from dynamoe_lab.analysis.plots.router import (
     plot_error_distance,
     plot_router_confusion,
     plot_router_confusion_by_layer,
 )
+from dynamoe_lab.analysis.plots.time_costs import plot_cost_growth, plot_time_parts
 from dynamoe_lab.analysis.plots.training import plot_training_curves
 from dynamoe_lab.analysis.plots.usage import plot_expert_usage, plot_expert_usage_by_domain
 
@@ -24,6 +26,7 @@ __all__ = [
     "plot_collapse",
     "plot_collapse_entropy",
     "plot_collapse_training",
+    "plot_cost_growth",
     "plot_difficulty_by_domain",
     "plot_difficulty_vs_surprisal",
     "plot_error_distance",
@@ -32,8 +35,11 @@ __all__ = [
     "plot_expert_usage_by_domain",
     "plot_importance_curves",
     "plot_label_share",
+    "plot_latency",
     "plot_pareto",
+    "plot_realised_vs_ideal",
     "plot_router_confusion",
     "plot_router_confusion_by_layer",
+    "plot_time_parts",
     "plot_training_curves",
 ]

@@ -1,4 +1,4 @@
-"""The picture of what compute buys: quality over active parameters, every method and θ in one place."""
+"""The picture of what compute buys: quality over active parameters and over measured time, every method and θ in one place."""
 
 from itertools import pairwise
 
@@ -6,18 +6,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 from dynamoe_lab.analysis.frames import compact, percent, require
 from dynamoe_lab.analysis.metrics.pareto import ORACLE, lower_is_better, pareto_points
 from dynamoe_lab.analysis.plots.placing import place_labels
-from dynamoe_lab.analysis.style import DENSE, headline, method_color, method_marker, one_axes, percent_axis, ratio_axis, styled
+from dynamoe_lab.analysis.style import DENSE, canvas, headline, method_color, method_marker, percent_axis, ratio_axis, styled
 from dynamoe_lab.errors import InputError
 
 __all__ = ["plot_pareto"]
 
 _PARETO = ("method", "theta", "seed", "train_tokens", "active_params", "active_mlp_fraction", "metric", "value", "low", "high", "n")
 _FRONT = {"color": "#c4c4c4", "linewidth": 2.6, "drawstyle": "steps-post", "zorder": 0.9}
+_DISTANCE = {"linewidth": 0.7, "linestyle": "-", "alpha": 0.8}  # from the share of parameters to that of time
 _NAMES = {
     "router": "router",
     "label": "labels (oracle: costs a full MLP)",
@@ -33,21 +35,23 @@ def plot_pareto(
     dense_params: float,
     x: str = "active_params",
     metric: str = "perplexity_ratio",
-    ax: Axes | None = None,
-) -> Axes:
+    figure: Figure | SubFigure | None = None,
+) -> Figure | SubFigure:
     """Quality over compute: a mark per method, θ and training; full marks are trained, hollow ones as converted, pale ones dominated.
 
     Beside the marks stands θ, or the width of a static cut. With several seeds the mark is their mean and small dots are the seeds;
     whiskers are the interval of the only seed, or reach from the lowest to the highest end over seeds. The line is the front: what
-    nothing else beats in both.
+    nothing else beats in both. Where time was measured a second panel has it on its x axis, with a thin line from each mark to the share of
+    parameters that it stands for in the first: right of it, the saving is not all there.
 
     Args:
-        pareto: method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n.
+        pareto: method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n; time_ratio, time_low,
+            time_high where time was measured.
         dense_params: parameters of the dense model; x is drawn as a share of them.
-        x: "active_params" or "active_mlp_fraction".
+        x: "active_params" or "active_mlp_fraction", of the first panel.
         metric: rows to draw. Perplexity ratios are drawn on a log axis with the dense model at 1; the dense model's other metrics are
             read from its row (method "dense").
-        ax: where to draw; None: a new figure.
+        figure: where to draw; None: a new figure.
     """
     require(pareto, _PARETO, "plot_pareto")
     if x not in ("active_params", "active_mlp_fraction"):
@@ -57,13 +61,45 @@ def plot_pareto(
         raise InputError(f"plot_pareto: no rows of metric {metric!r}; the frame has {', '.join(sorted(set(pareto['metric'])))}")
     if not dense_params > 0:
         raise InputError(f"plot_pareto: dense_params = {dense_params}, give the parameters of the dense model")
-    unit = dense_params if x == "active_params" else 1.0
-    points = pareto_points(rows)
-    dense = points[points["method"] == "dense"]
-    points = points[points["method"] != "dense"].assign(x=lambda frame: frame[x] / unit)
-    require(points, (), "plot_pareto: rows of a method besides dense")
-    level = 1.0 if metric == "perplexity_ratio" else (float(dense["value"].iloc[0]) if len(dense) else np.nan)
-    ax = one_axes(12.0, ax)
+    points = {name: _points(rows, name, dense_params) for name in (x, "time_ratio")}
+    require(points[x], (), "plot_pareto: rows of a method besides dense")
+    dense = rows.loc[rows["method"] == "dense", "value"]
+    level = 1.0 if metric == "perplexity_ratio" else (float(dense.iloc[0]) if len(dense) else np.nan)
+    shown = [name for name, found in points.items() if len(found)]
+    figure = canvas(12.6, figure)
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False, width_ratios=[1.5, 1][: len(shown)])[0]
+    for ax, name in zip(axes, shown, strict=True):
+        _panel(ax, points[name], level, metric)
+        _seeds(ax, rows, points[name], name, dense_params if name == "active_params" else 1.0)
+        ax.margins(x=0.09, y=0.08)
+    axes[0].set_ylabel("perplexity / dense model's perplexity" if metric == "perplexity_ratio" else metric)
+    share = f"active parameters (% of the dense model's {compact(dense_params)})"
+    axes[0].set_xlabel(share if x == "active_params" else "active MLP neurons (%)")
+    if len(shown) > 1:
+        axes[1].set_xlabel("time of a prefill (% of the dense model's)")
+        axes[0].set_title("counted: parameters" if x == "active_params" else "counted: neurons", loc="left")
+        axes[1].set_title("measured: time", loc="left")
+    _legend(figure, points[x], timed=len(shown) > 1)
+    headline(figure, _message(points[x], metric))
+    if metric == "perplexity_ratio":
+        ratio_axis(axes[0])
+    for ax, name in zip(axes, shown, strict=True):
+        _names(ax, points[name], level)
+    return figure
+
+
+def _points(rows: pd.DataFrame, cost: str, dense_params: float) -> pd.DataFrame:
+    """Settings by a cost, the dense model aside: x (what is drawn); of times also share (of the parameters), x_low and x_high."""
+    points = pareto_points(rows, cost=cost)
+    points = points[(points["method"] != "dense") & points[cost].notna()]
+    share = points["active_params"] / dense_params
+    if cost == "time_ratio":
+        return points.assign(x=points[cost], share=share, x_low=points["time_low"], x_high=points["time_high"])
+    return points.assign(x=share if cost == "active_params" else points[cost], share=np.nan, x_low=np.nan, x_high=np.nan)
+
+
+def _panel(ax: Axes, points: pd.DataFrame, level: float, metric: str) -> None:
+    """Marks, lines between those of one method, the dense model and the front."""
     for (method, trained), part in points.groupby(["method", points["train_tokens"] > 0], sort=False):
         part = part.sort_values("x")
         color = method_color(method)
@@ -71,39 +107,34 @@ def plot_pareto(
             ax.plot(part["x"], part["value"], color=color, linewidth=0.7, alpha=0.45, linestyle="-" if trained else ":", zorder=1)
         for point in part.itertuples():
             _point(ax, point, color)
-    several = points[points["seeds"] > 1]
-    for point in several.itertuples():
+    _dense(ax, level)
+    ax.plot(*_front(points, level, metric), **_FRONT)
+    ax.grid(color="#eeeeee")
+    ax.set_axisbelow(True)
+    percent_axis(ax.xaxis)
+
+
+def _seeds(ax: Axes, rows: pd.DataFrame, points: pd.DataFrame, cost: str, unit: float) -> None:
+    """Small dots at the single seeds of settings that have several."""
+    for point in points[points["seeds"] > 1].itertuples():
         same = rows[(rows["method"] == point.method) & (rows["train_tokens"] == point.train_tokens)]
         same = same[
             (same["theta"] == point.theta)
             | (np.isnan(point.theta) & np.isclose(same["active_mlp_fraction"], point.active_mlp_fraction, atol=2e-3))
         ]
-        ax.plot(same[x] / unit, same["value"], ".", color=method_color(point.method), markersize=2.5, zorder=4)
-    _dense(ax, level)
-    front = _front(points, level, metric)
-    ax.plot(front[0], front[1], **_FRONT)
-    ax.grid(color="#eeeeee")
-    ax.set_axisbelow(True)
-    percent_axis(ax.xaxis)
-    ax.margins(x=0.09, y=0.08)
-    if metric == "perplexity_ratio":
-        ratio_axis(ax)
-        ax.set_ylabel("perplexity / dense model's perplexity")
-    else:
-        ax.set_ylabel(metric)
-    dense_size = f"active parameters (% of the dense model's {compact(dense_params)})"
-    ax.set_xlabel(dense_size if x == "active_params" else "active MLP neurons (%)")
-    rows_of_key = _legend(ax, points)
+        ax.plot(same[cost] / unit, same["value"], ".", color=method_color(point.method), markersize=2.5, zorder=4)
+
+
+def _names(ax: Axes, points: pd.DataFrame, level: float) -> None:
+    """θ or the width of a cut beside every mark; call it when the limits are final."""
     by_theta = np.isfinite(points["theta"]) & (points["method"] != "static")  # a static cut is known by its width
     marks = [
         f"{row.theta:g}" if known else percent(row.active_mlp_fraction) for row, known in zip(points.itertuples(), by_theta, strict=True)
     ]
     places = list(zip(points["x"], points["value"], strict=True))
     colors = [tuple(0.7 * np.array(to_rgb(method_color(method)))) for method in points["method"]]  # thin letters need more contrast
-    headline(ax, _message(points, metric), pad=8 + 12 * rows_of_key)
     level_line = [(at, level) for at in np.linspace(*ax.get_xlim(), 200)] if np.isfinite(level) else []
     place_labels(ax, places, marks, colors=colors, avoid=_along_lines(ax) + level_line)
-    return ax
 
 
 def _point(ax: Axes, point, color: str) -> None:
@@ -112,13 +143,19 @@ def _point(ax: Axes, point, color: str) -> None:
     spread = np.clip([[point.value - point.low], [point.high - point.value]], 0, None)
     if np.isfinite(spread).all():
         ax.errorbar([point.x], [point.value], spread, fmt="none", ecolor=color, elinewidth=0.9, capsize=2, alpha=alpha, zorder=2)
+    wide = np.clip([[point.x - point.x_low], [point.x_high - point.x]], 0, None)
+    if np.isfinite(wide).all():
+        ax.errorbar([point.x], [point.value], xerr=wide, fmt="none", ecolor=color, elinewidth=0.9, capsize=2, alpha=alpha, zorder=2)
+    if np.isfinite(point.share):
+        ax.plot([point.share, point.x], [point.value] * 2, color=color, zorder=1.5, **_DISTANCE)
+        ax.plot([point.share], [point.value], "|", color=color, markersize=5, mew=1.0, zorder=1.5)
     look = {"mec": color, "mfc": color if point.train_tokens > 0 else "white", "mew": 1.1, "markersize": 5.5, "alpha": alpha}
     above = 3.5 if point.method == "router" else 3  # where a control has the same size, the router is seen
     ax.plot([point.x], [point.value], method_marker(point.method), zorder=above, **look)
 
 
 def _along_lines(ax: Axes) -> list[tuple[float, float]]:
-    """Points every few pixels along everything that is drawn as a line, the seeds' dots and the ends of whiskers, in data units."""
+    """Points every few pixels along everything that is drawn as a line, the seeds' dots, the ends of whiskers, shares; in data units."""
     found = []
     for line in ax.get_lines():
         x, y = np.asarray(line.get_xdata(), dtype=float), np.asarray(line.get_ydata(), dtype=float)
@@ -130,7 +167,7 @@ def _along_lines(ax: Axes) -> list[tuple[float, float]]:
             pixels = ax.transData.transform(np.stack([x, y], axis=1))
             at = np.concatenate([np.linspace(a, b, 24) for a, b in pairwise(pixels)])
             found += [tuple(point) for point in ax.transData.inverted().transform(at)]
-        elif line.get_marker() in (".", "_"):
+        elif line.get_marker() in (".", "_", "|"):
             found += list(zip(x, y, strict=True))
     return found
 
@@ -156,24 +193,22 @@ def _front(points: pd.DataFrame, level: float, metric: str) -> tuple[np.ndarray,
     return best["x"].to_numpy(), best["value"].to_numpy()
 
 
-def _legend(ax: Axes, points: pd.DataFrame) -> int:
-    """The key over the axes; returns its rows."""
+def _legend(figure: Figure | SubFigure, points: pd.DataFrame, *, timed: bool) -> None:
+    """The key under the panels."""
     handles = []
     for method in dict.fromkeys(points["method"]):
         look = {"color": method_color(method), "marker": method_marker(method), "linestyle": "none", "markersize": 5.5}
         handles.append(Line2D([], [], label=_NAMES.get(method, method), **look))
+    grey = {"color": "#666666", "marker": "o", "linestyle": "none", "markersize": 5.5}
     if (points["train_tokens"] == 0).any():
-        handles.append(
-            Line2D([], [], marker="o", color="#666666", mfc="white", linestyle="none", markersize=5.5, label="hollow: not trained")
-        )
+        handles.append(Line2D([], [], mfc="white", label="hollow: not trained", **grey))
     if points["dominated"].any():
-        handles.append(Line2D([], [], marker="o", color="#666666", alpha=0.4, linestyle="none", markersize=5.5, label="pale: dominated"))
+        handles.append(Line2D([], [], alpha=0.4, label="pale: dominated", **grey))
     handles.append(Line2D([], [], label="front", **_FRONT))
-    columns = max(1, int(ax.figure.bbox.width / ax.figure.dpi / 2))  # 2 inches each
-    ax.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.3, handlelength=1.6, columnspacing=1.2
-    )
-    return -(-len(handles) // columns)
+    if timed:
+        handles.append(Line2D([], [], color="#666666", marker="|", markersize=6, label="its share of the parameters", **_DISTANCE))
+    columns = max(1, int(figure.bbox.width / figure.dpi / 2))  # 2 inches each
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.2)
 
 
 def _message(points: pd.DataFrame, metric: str) -> str:
@@ -183,6 +218,13 @@ def _message(points: pd.DataFrame, metric: str) -> str:
     pairs = routers.merge(cuts, on=["theta", "train_tokens"], suffixes=("", "_cut")).sort_values("theta")
     if len(pairs) and metric == "perplexity_ratio":
         texts = [f"θ = {row.theta:g}: {row.value:.2f} and {row.value_cut:.2f}" for row in pairs.itertuples()]
+        timed = [
+            f"{percent(row.time_ratio)} and {percent(row.time_ratio_cut)}"
+            for row in pairs.itertuples()
+            if np.isfinite([row.time_ratio, row.time_ratio_cut]).all()
+        ]
+        if len(timed) == len(texts):
+            texts = [f"{text} at {time} of its time" for text, time in zip(texts, timed, strict=True)]
         return f"Times the dense perplexity, router and static cut of the same active parameters: {'; '.join(texts)}"
     told = routers if len(routers) else points
     cheapest, dearest = told.loc[told["x"].idxmin()], told.loc[told["x"].idxmax()]

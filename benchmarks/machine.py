@@ -1,0 +1,43 @@
+"""What the numbers were measured on: processor, cores, memory, versions, commit, date; no name of a user, host or folder."""
+
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dynamoe_lab.workbench.environment import git_state, platform_name, usable_cores, versions
+
+__all__ = ["ROOT", "describe"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def describe() -> dict[str, Any]:
+    """The machine and the software of this process, as plain values."""
+    commit, changed = git_state(ROOT)
+    known = versions()
+    return {
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "platform": platform_name(),
+        "python": platform.python_version(),
+        "torch": known["torch"],
+        "transformers": known["transformers"],
+        "commit": commit,
+        "uncommitted_changes": changed,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _cpu_model() -> str:
+    listed = Path("/proc/cpuinfo")
+    if listed.is_file():
+        for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
