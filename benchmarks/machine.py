@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from dynamoe_lab.workbench.environment import git_state, platform_name, usable_cores, versions
+from dynamoe_lab.workbench.environment import cpu_name, git_state, platform_name, usable_cores, versions
 
 __all__ = ["ROOT", "describe"]
 
@@ -20,7 +20,7 @@ def describe() -> dict[str, Any]:
     commit, changed = git_state(ROOT)
     known = versions()
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
@@ -32,12 +32,3 @@ def describe() -> dict[str, Any]:
         "uncommitted_changes": changed,
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def _cpu_model() -> str:
-    listed = Path("/proc/cpuinfo")
-    if listed.is_file():
-        for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -288,16 +288,18 @@ def test_memory_and_load_are_ratios_of_what_children_say(monkeypatch, tmp_path):
 
     def child(script, *arguments, environment=None):
         asked.append((script, *arguments))
-        return {"peak": {"evaluate": 2**20 + arguments[-1]}.get(arguments[0], 3 * 2**30 if "converted" in str(arguments[1]) else 2**31)}
+        if arguments[0] == "evaluate":
+            return {"peaks": [2**20 + count for count in arguments[3:]]}
+        return {"peak": 3 * 2**30 if "converted" in str(arguments[1]) else 2**31}
 
     monkeypatch.setattr(memory, "run_child", child)
     ratio, absolute = memory.train_memory("dense", tmp_path / "converted", tmp_path / "ids.npy", 2)
     assert (ratio["value"], ratio["n"], ratio["reached"]) == (1.5, 2, False)
     assert (absolute["value"], absolute["unit"]) == (3.0, "GiB")
-    *longer, least = memory.eval_memory("dense", tmp_path / "ids.npy", 2)
-    assert [(row["value"], row["n"]) for row in longer] == [((2**20 + count) / (2**20 + 2_048), 2) for count in (8_192, 16_384)]
-    assert (least["value"], least["unit"], least["goal"]) == ((2**20 + 2_048) / 2**30, "GiB", None)
-    assert [call[4] for call in asked if call[1] == "evaluate"] == [2_048, 8_192, 16_384] * 2, "a round runs all lengths"
+    longer, least = memory.eval_memory("dense", tmp_path / "ids.npy", 2)
+    assert (longer["value"], longer["n"]) == ((2**20 + 16_384) / (2**20 + 4_096), 2)
+    assert (least["value"], least["unit"], least["goal"]) == ((2**20 + 4_096) / 2**30, "GiB", None)
+    assert [call[4:] for call in asked if call[1] == "evaluate"] == [(4_096, 16_384)] * 2, "one process for both"
     assert {call[0] for call in asked} == {"memory.py"}
 
 
@@ -306,9 +308,8 @@ def test_a_childs_peak_is_its_own(tmp_path):
     held = np.ones(2**26)  # half a GiB
     script = tmp_path / "peak.py"
     folder = str(ROOT / "benchmarks")
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {folder!r})\nimport children, memory\nchildren.report(peak=memory.peak_resident())\n"
-    )
+    lines = (f"sys.path.insert(0, {folder!r})", "import children", "from dynamoe_lab.workbench.environment import peak_memory")
+    script.write_text("\n".join(["import sys", *lines, "children.report(peak=peak_memory())"]))
     peak = children.run_child(str(script))["peak"]
     assert 2**22 < peak < held.nbytes / 2
 

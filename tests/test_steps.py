@@ -18,7 +18,7 @@ import torch
 from conftest import make_converted
 
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.workbench import files, steps
+from dynamoe_lab.workbench import environment, files, steps
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.steps import find_step, run_step
 
@@ -183,6 +183,41 @@ def test_json_results_and_ignored_fields(tmp_path):
     assert np.isnan(first["nan"])
     assert run_step(number, (replace(Settings(), log_steps=9),), home=tmp_path).cached
     assert not run_step(number, (replace(Settings(), steps=9),), home=tmp_path).cached
+
+
+def timed(work: int) -> dict:
+    """A measured time; not that of another processor or of other threads."""
+    return {"seconds": work}
+
+
+timed.step_times = True
+
+
+def test_times_are_kept_for_what_they_were_measured_with(tmp_path, monkeypatch):
+    import torch
+
+    def cached(*, function=timed) -> bool:
+        return run_step(function, (1,), home=tmp_path).cached
+
+    assert not cached()
+    assert cached()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert not cached()
+        assert cached()
+    finally:
+        torch.set_num_threads(threads)
+    assert cached()
+    monkeypatch.setattr(environment, "cpu_name", lambda: "another")
+    assert not cached()
+
+
+def test_measuring_functions_say_so():
+    from dynamoe_lab.evaluation import measure_latency, time_parts
+
+    assert measure_latency.step_times
+    assert time_parts.step_times
 
 
 def test_tuples_come_back_entry_by_entry(tmp_path):

@@ -242,6 +242,9 @@ def _watch_parts(watch: Stopwatch, model: PreTrainedModel) -> None:
             watch.watch_method("sorting", mlp, name)
 
 
+measure_latency.step_times = time_parts.step_times = True  # kept for the machine and the threads that they were measured with
+
+
 def random_pair(
     hidden_size: int,
     intermediate_size: int,

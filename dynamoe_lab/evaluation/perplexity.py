@@ -26,19 +26,16 @@ def document_losses(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_si
     blocks = require_blocks(blocks, "document_losses")
     was_training = model.training
     model.eval()
-    parts = []
+    # One array from the start: small results kept between forwards would lie where the next logits have to go, and memory would grow.
+    losses = np.empty((len(blocks), blocks.ids.shape[1] - 1))
     for start in range(0, len(blocks), batch_size):
-        batch = blocks[start : start + batch_size]
-        ids = batch.ids.to(model.device)
-        losses = token_surprisal(model(input_ids=ids, use_cache=False).logits, ids)[:, 1:].double().cpu()
-        domains = np.repeat(np.asarray(batch.domain, dtype=object), losses.shape[1])
-        parts.append(
-            pd.DataFrame(
-                {"document": batch.document[:, 1:].flatten().numpy(), "domain": domains, "nll": losses.flatten().numpy(), "tokens": 1}
-            )
-        )
+        ids = blocks.ids[start : start + batch_size].to(model.device)
+        surprisal = token_surprisal(model(input_ids=ids, use_cache=False).logits, ids)
+        losses[start : start + batch_size] = surprisal[:, 1:].double().cpu().numpy()
     model.train(was_training)
-    return pd.concat(parts).groupby(["document", "domain"], as_index=False)[["nll", "tokens"]].sum()
+    domains = np.repeat(np.asarray(blocks.domain, dtype=object), losses.shape[1])
+    columns = {"document": blocks.document[:, 1:].flatten().numpy(), "domain": domains, "nll": losses.ravel(), "tokens": 1}
+    return pd.DataFrame(columns).groupby(["document", "domain"], as_index=False)[["nll", "tokens"]].sum()
 
 
 def evaluate_perplexity(

@@ -29,10 +29,11 @@ class _TokenLosses(torch.autograd.Function):
         grad = torch.empty_like(logits)
         pieces = (tensor.split(ROWS) for tensor in (logits, targets, normalisers, grad_losses, grad))
         for rows, aims, tops, scales, out in zip(*pieces, strict=True):
-            slope = (rows.float() - tops[:, None]).exp_()
-            slope.scatter_add_(1, aims[:, None], slope.new_full((len(aims), 1), -1.0))
-            torch.mul(slope, scales[:, None], out=slope)
-            out.copy_(slope)
+            slope = out if out.dtype == tops.dtype else torch.empty_like(out, dtype=tops.dtype)
+            torch.sub(rows, tops[:, None], out=slope).exp_()
+            slope.scatter_add_(1, aims[:, None], slope.new_full((len(aims), 1), -1.0)).mul_(scales[:, None])
+            if slope is not out:
+                out.copy_(slope)
         return grad, None
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "PACKAGES",
     "ROOMS_WITHOUT_RESULTS",
     "code_digest",
+    "cpu_name",
     "git_state",
     "package_root",
     "peak_memory",
@@ -106,6 +107,17 @@ def platform_name() -> str:
     return f"{platform.system()} {platform.machine()}, {cores} core{'s' if cores > 1 else ''}"
 
 
+@cache
+def cpu_name() -> str:
+    """The processor's name as the system gives it, e.g. `AMD EPYC`."""
+    listed = Path("/proc/cpuinfo")
+    if listed.is_file():
+        for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -125,7 +137,15 @@ def seed_generators(seed: int, threads: int | None = None) -> None:
 
 
 def peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where the system does not say."""
+    """Largest resident memory of this program so far, in bytes; None where the system does not say.
+
+    Linux tells it in /proc; its `getrusage` also counts what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows

@@ -69,7 +69,8 @@ def run_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any] 
 
     Arguments that do not matter to the result are left out of the key: `output_dir`, which the step chooses, and the names in the
     function's attribute `step_ignores`, e.g. `train.step_ignores = ("progress", "config.log_steps")` (a dotted name is a field of a
-    dataclass argument).
+    dataclass argument). A function whose attribute `step_times` is true measures times: they are kept for the processor, device and number
+    of threads that they were measured with.
 
     Args:
         function: a function that can be imported. It returns what `results.write_result` can keep.
@@ -134,6 +135,8 @@ def _named(function: Callable, args: Sequence, kwargs: Mapping[str, Any]) -> _Ca
         raise InputError(f"run.step({function.__name__}): leave output_dir out; the step chooses it and returns (value, folder)")
     arguments = _arguments(function, args, kwargs)
     inputs = _input_marks(function, arguments)
+    if getattr(function, "step_times", False):
+        inputs["machine"] = fingerprint(_machine(arguments))
     key = fingerprint({"format": STEP_FORMAT, "function": name, "inputs": inputs})
     return _Call(function, name, arguments, inputs, key, f"{function.__name__}-{key[:16]}")
 
@@ -164,6 +167,14 @@ def _input_marks(function: Callable, arguments: dict[str, Any]) -> dict[str, str
         except TypeError as error:
             raise TypeError(f"step {function.__qualname__}, argument {name}: {error}") from error
     return marks
+
+
+def _machine(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a time depends on besides the work."""
+    import torch
+
+    where = {"cpu": environment.cpu_name(), "cores": environment.usable_cores(), "threads": torch.get_num_threads()}
+    return where | {"device": str(_device(arguments))}
 
 
 def _device(arguments: dict[str, Any]) -> Any:
