@@ -22,6 +22,7 @@ FIGURES = {
     "05_expert_usage": ("expert_usage", "expert_usage_by_domain"),
     "06_pareto": ("pareto",),
     "07_collapse": ("collapse", "collapse_entropy", "collapse_training"),
+    "08_benchmarks": ("benchmarks", "benchmark_deltas", "relative_to_base"),
     "09_latency": ("latency", "realised_vs_ideal", "time_parts", "cost_growth"),
     "20_ablation": ("ablation",),
 }
@@ -32,6 +33,7 @@ COLUMNS = {  # of the documented tables
     "05_expert_usage/expert_usage_by_domain": "run theta domain layer expert share tokens",
     "06_pareto/pareto": "method theta seed train_tokens active_params active_mlp_fraction metric value low high n "
     "time_ratio time_low time_high",
+    "08_benchmarks/scores": "run task split metric value stderr n task_version batch_size dtype",
     "09_latency/latency": "run phase batch tokens threads device routing seconds active_mlp_fraction ideal_seconds low high n",
     "09_latency/time_parts": "run routing phase batch tokens part seconds share",
     "07_collapse/collapse": "lambda_router router_gradient seed layer expert share tokens",
@@ -117,6 +119,24 @@ def test_time_is_told_beside_parameters_where_it_was_measured(report):
 
 
 @pytest.mark.assets
+def test_benchmarks_are_scored_for_both_models_on_the_same_documents(report):
+    scores = pd.read_csv(report / "08_benchmarks" / "scores.csv").query("metric == 'acc'")
+    assert scores.groupby("run")["task"].nunique().to_dict() == {"dense": 7, "router": 7}
+    assert scores["n"].nunique() == 1
+    deltas = pd.read_csv(report / "08_benchmarks" / "benchmark_deltas.csv").set_index("task")
+    means = scores.groupby("run")["value"].mean()
+    assert deltas.loc["average", "difference"] == pytest.approx(means["router"] - means["dense"], abs=1e-5)
+    captions = {
+        entry["stem"]: entry["caption"] for kind in ("figures", "tables") for entry in record(report, "08_benchmarks")["results"][kind]
+    }
+    assert all("validation (stock: test)" in captions[stem] for stem in (*FIGURES["08_benchmarks"], "scores"))
+    functions = [step["function"] for step in record(report, "08_benchmarks")["results"]["steps"]]
+    assert functions.count("evaluate_task") == 14, "every task is a step of its own"
+    trained = [step["cached"] for step in record(report, "08_benchmarks")["results"]["steps"] if step["function"] == "train"]
+    assert trained == [True], "the model is that of notebook 03"
+
+
+@pytest.mark.assets
 def test_latency_knows_every_phase_and_routing(report):
     latency = pd.read_csv(report / "09_latency" / "latency.csv")
     assert set(latency["phase"]) == {"prefill", "decode"}
@@ -144,7 +164,7 @@ def test_again_nothing_runs(home, report):
     began = time.perf_counter()
     done = run(home, report)
     assert time.perf_counter() - began < 60
-    assert done.stdout.count("up to date") == 10
+    assert done.stdout.count("up to date") == 11
     assert before == {path: path.stat().st_mtime_ns for path in report.rglob("*.png")}
 
 
@@ -153,7 +173,7 @@ def test_a_deleted_folder_is_remade_without_training(home, report):
     before = (report / "05_expert_usage" / "expert_usage.csv").read_bytes()
     shutil.rmtree(report / "05_expert_usage")
     done = run(home, report)
-    assert done.stdout.count("up to date") == 9
+    assert done.stdout.count("up to date") == 10
     steps = record(report, "05_expert_usage")["results"]["steps"]
     assert {"calibrate", "train", "trace_routing"} <= {step["function"] for step in steps}
     assert all(step["cached"] for step in steps)

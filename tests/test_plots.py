@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from benchmark_frames import make_deltas, make_relative, make_scores
 from latency_frames import make_growth, make_parts, make_ratios
 from matplotlib.figure import Figure
 
@@ -116,6 +117,9 @@ def study_frames() -> dict[str, pd.DataFrame]:
         "ratios": make_ratios(),
         "parts": make_parts(),
         "growth": make_growth(),
+        "points": metrics.benchmark_points(make_scores()),
+        "deltas": make_deltas(),
+        "relative": make_relative(),
     }
 
 
@@ -152,6 +156,8 @@ def make_sweep() -> pd.DataFrame:
 
 DRAW = {
     "plot_ablation": "sweep",
+    "plot_benchmark_deltas": "deltas",
+    "plot_benchmarks": "points",
     "plot_collapse": "collapse",
     "plot_collapse_entropy": "information",
     "plot_collapse_training": "collapse_steps",
@@ -166,6 +172,7 @@ DRAW = {
     "plot_importance_curves": "curves",
     "plot_expert_similarity": "similarity",
     "plot_training_curves": "steps",
+    "plot_relative_to_base": "relative",
     "plot_router_confusion": "confusion",
     "plot_router_confusion_by_layer": "confusion",
     "plot_error_distance": "errors",
@@ -173,7 +180,7 @@ DRAW = {
     "plot_expert_usage_by_domain": "usage_by_domain",
 }
 ALSO = {"plot_ablation": {"axis": "dynamoe.importance"}, "plot_label_share": {"theta": 0.8}, "plot_pareto": {"dense_params": 135e6}}
-OPTIONAL = ("run", "loss", "lr", "seconds", "chance", "active_params", "train_tokens", "status", "error")
+OPTIONAL = ("run", "loss", "lr", "seconds", "chance", "active_params", "train_tokens", "status", "error", "split")
 
 
 def draw(name: str, frame: pd.DataFrame, **where):

@@ -1,5 +1,6 @@
-"""Perplexity, routing traces, cost, latency: model -> DataFrame."""
+"""Perplexity, routing traces, benchmarks, cost, latency: model -> DataFrame."""
 
+from dynamoe_lab.evaluation.benchmarks import evaluate_benchmarks, evaluate_task
 from dynamoe_lab.evaluation.cost import count_active_params, expert_params
 from dynamoe_lab.evaluation.cost_model import ideal_share, model_cost
 from dynamoe_lab.evaluation.difficulty import trace_similarity
@@ -8,14 +9,21 @@ from dynamoe_lab.evaluation.latency import measure_latency, random_pair, time_pa
 from dynamoe_lab.evaluation.overrule import mixed_shares
 from dynamoe_lab.evaluation.perplexity import document_losses, evaluate_perplexity
 from dynamoe_lab.evaluation.routing import expert_similarity, logit_change, trace_routing, trace_text
+from dynamoe_lab.evaluation.task_files import export_tasks
+from dynamoe_lab.evaluation.tasks import TASKS, load_tasks
 
 __all__ = [
+    "TASKS",
     "count_active_params",
     "document_losses",
+    "evaluate_benchmarks",
     "evaluate_perplexity",
+    "evaluate_task",
     "expert_params",
     "expert_similarity",
+    "export_tasks",
     "ideal_share",
+    "load_tasks",
     "logit_change",
     "measure_energy",
     "measure_latency",

@@ -1,4 +1,4 @@
-"""The command line: `dynamoe-lab run`, `sweep`, `convert`, `train`, `ls`, `show`, `report`, `doctor`.
+"""The command line: `dynamoe-lab run`, `sweep`, `convert`, `train`, `eval`, `compare`, `ls`, `show`, `report`, `doctor`.
 
 Thin: every command is a call of a function of the workbench.
 
@@ -181,6 +181,47 @@ def train(
         typer.echo(f"dynamoe-lab: training diverged: {error}", err=True)
         return 1
     return 0
+
+
+@app.command("eval")
+@_answering
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A dense or converted model: smollm2-135m, a folder, or a Hub id.")],
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="lm-eval tasks or task files.", show_default="the paper's seven")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many documents of a task.", show_default="all")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences of a forward.", show_default="evaluate.batch_size")] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(help="Who chooses the experts: router, full, label, or an expert's index.", show_default="router, if converted"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the scores.", show_default="reports/eval/<model>[-<routing>]")] = None,
+    parameter: _Fields = None,
+) -> None:
+    """Score a model on benchmarks. Stopped or killed, the same command goes on with the next task."""
+    from dynamoe_lab.assets import home
+    from dynamoe_lab.workbench.benchmarks import default_folder, score_to_folder
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
+    if tasks is not None and not names:
+        raise InputError(f"--tasks {tasks!r}: names no task; give e.g. sciq,piqa, or leave it out")
+    folder = output or default_folder(model, routing)
+    settings = {"tasks": names, "limit": limit, "batch_size": batch_size, "routing": routing, "given": parameter or ()}
+    score_to_folder(model, folder, **settings, home=home(), say=typer.echo)
+
+
+@app.command()
+@_answering
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A folder of `eval`.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="What A is compared with, usually the dense parent's.")],
+    metric: Annotated[str, typer.Option(help="acc, acc_norm, bits_per_byte or loglikelihood.")] = "acc",
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks to compare.", show_default="all")] = None,
+) -> None:
+    """Two models on the same documents: differences with intervals, McNemar's exact test, what the sample could have shown."""
+    from dynamoe_lab.workbench.benchmarks import compare_scores
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    typer.echo(compare_scores(first, second, metric=metric, tasks=names))
 
 
 @app.command("ls")

@@ -6,6 +6,7 @@ with `run.finding(sentence, source=stem)`.
 """
 
 from dynamoe_lab.analysis.findings.ablation import ablation_finding
+from dynamoe_lab.analysis.findings.benchmarks import benchmark_finding
 from dynamoe_lab.analysis.findings.collapse import collapse_finding, collapse_verdict
 from dynamoe_lab.analysis.findings.difficulty import difficulty_domain_finding, difficulty_finding, label_share_finding
 from dynamoe_lab.analysis.findings.latency import cost_growth_finding, latency_finding, time_parts_finding
@@ -17,6 +18,7 @@ from dynamoe_lab.analysis.findings.usage import domain_finding, usage_finding
 __all__ = [
     "ablation_finding",
     "active_params_finding",
+    "benchmark_finding",
     "collapse_finding",
     "collapse_verdict",
     "conversion_finding",

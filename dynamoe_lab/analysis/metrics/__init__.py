@@ -10,6 +10,15 @@ beside them the commonest label of each layer, independence of expert and label,
 """
 
 from dynamoe_lab.analysis.metrics.ablation import ablation_table
+from dynamoe_lab.analysis.metrics.benchmarks import (
+    benchmark_deltas,
+    benchmark_points,
+    benchmark_table,
+    paper_table,
+    relative_table,
+    split_note,
+    told_apart,
+)
 from dynamoe_lab.analysis.metrics.collapse import collapsed_layers, stack_runs, usage_information
 from dynamoe_lab.analysis.metrics.curves import importance_curves, smooth_steps
 from dynamoe_lab.analysis.metrics.difficulty import difficulty_bins, difficulty_by_domain, difficulty_by_token, difficulty_correlations
@@ -23,6 +32,9 @@ from dynamoe_lab.analysis.metrics.usage import active_fraction, expert_usage, us
 __all__ = [
     "ablation_table",
     "active_fraction",
+    "benchmark_deltas",
+    "benchmark_points",
+    "benchmark_table",
     "collapsed_layers",
     "difficulty_bins",
     "difficulty_by_domain",
@@ -35,17 +47,21 @@ __all__ = [
     "labels_at",
     "latency_ratios",
     "latency_table",
+    "paper_table",
     "pareto_front",
     "pareto_points",
     "pareto_row",
     "perplexity_ratio",
     "pool_layers",
+    "relative_table",
     "routed_losses",
     "router_chance",
     "router_confusion",
     "smooth_steps",
+    "split_note",
     "stack_runs",
     "static_comparison",
+    "told_apart",
     "usage_information",
     "usage_summary",
 ]

@@ -7,6 +7,7 @@ is made. Nothing is shown or saved here: hand the result to `run.figure`, or sav
 """
 
 from dynamoe_lab.analysis.plots.ablation import plot_ablation
+from dynamoe_lab.analysis.plots.benchmarks import plot_benchmark_deltas, plot_benchmarks, plot_relative_to_base
 from dynamoe_lab.analysis.plots.collapse import plot_collapse, plot_collapse_entropy, plot_collapse_training
 from dynamoe_lab.analysis.plots.conversion import plot_expert_similarity, plot_importance_curves
 from dynamoe_lab.analysis.plots.difficulty import plot_difficulty_by_domain, plot_difficulty_vs_surprisal, plot_label_share
@@ -23,6 +24,8 @@ from dynamoe_lab.analysis.plots.usage import plot_expert_usage, plot_expert_usag
 
 __all__ = [
     "plot_ablation",
+    "plot_benchmark_deltas",
+    "plot_benchmarks",
     "plot_collapse",
     "plot_collapse_entropy",
     "plot_collapse_training",
@@ -38,6 +41,7 @@ __all__ = [
     "plot_latency",
     "plot_pareto",
     "plot_realised_vs_ideal",
+    "plot_relative_to_base",
     "plot_router_confusion",
     "plot_router_confusion_by_layer",
     "plot_time_parts",

