@@ -43,15 +43,18 @@ class RoutingTrace:
     similarities: Tensor  # [N, E] float32: cosine of every expert's output to the full output; the last is 1
 
 
-class Router(nn.Sequential):
+class Router(nn.Module):
     """D -> hidden -> E, two linear maps without bias (33.6 M parameters on Mistral-7B fit none), SiLU between."""
 
     def __init__(self, hidden_size: int, config: DynaMoEConfig):
-        super().__init__(
-            nn.Linear(hidden_size, config.router_hidden_size, bias=False),
-            nn.SiLU(),
-            nn.Linear(config.router_hidden_size, config.num_experts, bias=False),
-        )
+        super().__init__()
+        self.add_module("0", nn.Linear(hidden_size, config.router_hidden_size, bias=False))
+        self.add_module("2", nn.Linear(config.router_hidden_size, config.num_experts, bias=False))  # 1 was the activation: names in files
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the experts: [N, D] -> [N, E]."""
+        first, last = self._modules.values()
+        return last(F.silu(first(x)))
 
 
 class FrozenLinear(nn.Module):
@@ -100,6 +103,12 @@ def labels_from_similarity(similarities: Tensor, theta: float) -> Tensor:
     qualifies = similarities >= theta
     qualifies[..., -1] = True
     return qualifies.int().argmax(dim=-1)
+
+
+def _rows_of(linear: nn.Module, x: Tensor, lo: int, hi: int) -> Tensor:
+    """Outputs [lo, hi) of a linear map; attributes of modules are looked up once, which a decoded token would notice."""
+    weight, bias = linear.weight, linear.bias
+    return F.linear(x, weight[lo:hi], bias if bias is None else bias[lo:hi])
 
 
 class _WeightedBlocks(torch.autograd.Function):
@@ -196,10 +205,10 @@ class NestedMLP(nn.Module):
         gate, up = self.gate, self.up
         if frozen:
             gate, up = None if gate is None else self.frozen[self._family.gate], self.frozen[self._family.up]
-        raised = F.linear(x, up.weight[lo:hi], None if up.bias is None else up.bias[lo:hi])
+        raised = _rows_of(up, x, lo, hi)
         if gate is None:
             return self.act_fn(raised)
-        active = self.act_fn(F.linear(x, gate.weight[lo:hi], None if gate.bias is None else gate.bias[lo:hi]))
+        active = self.act_fn(_rows_of(gate, x, lo, hi))
         return active * raised if torch.is_grad_enabled() else active.mul_(raised)  # no one else holds it
 
     def _block_products(self, hidden: Tensor, weight: Tensor) -> list[Tensor]:
@@ -292,6 +301,9 @@ class NestedMLP(nn.Module):
 
         Rows and places are x and None if all tokens share one expert, as a single token always does.
         """
+        if len(x) == 1:  # decoding: as little as possible around the products
+            chosen = int(experts)
+            return x, None, [int(expert == chosen) for expert in range(self.moe.num_experts)]
         counts = torch.bincount(experts, minlength=self.moe.num_experts).tolist()
         if max(counts) == len(x):
             return x, None, counts
