@@ -167,16 +167,16 @@ class NestedMLP(nn.Module):
         for name in self._family.projections:
             setattr(self, name, getattr(dense, name))
 
-    def lay_out(self) -> None:
-        """Order the down projection's memory by columns; its values, shape and gradients stay, and training keeps the order.
+    def lay_out(self, *, columns: bool = True) -> None:
+        """Order the down projection's memory by columns, or by rows as in files; values and shape stay, training keeps the order.
 
-        A prefix of neurons is then one piece of memory, as it is in gate and up: reading it alone costs its share (decoding). Files
-        hold the usual order, so this is done after loading.
+        By columns a prefix of neurons is one piece of memory, as it is in gate and up: reading it alone costs its share (decoding). Loading
+        and converting do it. Sharding (`fully_shard`) and bare `safetensors.save_file` take weights by rows only.
         """
         weight = self.down.weight
-        if weight.stride(0) != 1:
+        if weight.stride(0 if columns else 1) != 1:
             with torch.inference_mode(False):  # inference tensors could not be trained later
-                weight.data = weight.data.t().contiguous().t()
+                weight.data = weight.data.t().contiguous().t() if columns else weight.data.contiguous()
 
     # --- the dense pieces -------------------------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class NestedMLP(nn.Module):
         if gate is None:
             return self.act_fn(raised)
         active = self.act_fn(_rows_of(gate, x, lo, hi))
-        return active * raised if torch.is_grad_enabled() else active.mul_(raised)  # no one else holds it
+        return active * raised if torch.is_grad_enabled() else active.mul_(raised)  # a forward's own: saves a tensor of its size
 
     def _block_products(self, hidden: Tensor, weight: Tensor) -> list[Tensor]:
         """Each block's share of the output, output bias aside: [N, H] -> E x [N, D]."""
@@ -324,7 +324,7 @@ class NestedMLP(nn.Module):
             hidden, weight = self._hidden(rows[:remaining], lo, size), self.down.weight[:, lo:size]
             if output is None:  # every token has the first block, and with it the bias
                 output = F.linear(hidden, weight, self.down.bias)
-            elif hidden.dtype == weight.dtype:
+            elif output.dtype == hidden.dtype == weight.dtype:
                 output[:remaining].addmm_(hidden, weight.t())
             else:  # autocast, which casts what F.linear multiplies
                 output[:remaining] += F.linear(hidden, weight)
