@@ -4,7 +4,7 @@
     python benchmarks/bench.py --only load --quick   # one number, roughly
 
 Ratios hold where seconds do not, but two heavy jobs on the same cores spoil them, too: run it alone. A run that leaves anything out
-(--only, --quick) writes a file only where --output says.
+(--only, --quick, --pairs) writes a file only where --output says.
 """
 
 import argparse
@@ -98,10 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="the file to write (default benchmarks/results.json, if nothing is left out)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     options = parser.parse_args(arguments)
-    pairs = options.pairs or (QUICK_PAIRS if options.quick else PAIRS)
+    pairs = (QUICK_PAIRS if options.quick else PAIRS) if options.pairs is None else options.pairs
     if pairs < 1:
         parser.error(f"--pairs {pairs}: give at least 1")
-    whole = options.only is None and not options.quick
+    whole = options.only is None and options.pairs is None and not options.quick
     output = options.output or (ROOT / "benchmarks" / "results.json" if whole else None)
     wanted = set(options.only or NAMES)
     lab.keep_freed_memory()

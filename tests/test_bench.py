@@ -203,6 +203,10 @@ def test_one_failure_does_not_stop_the_others(made_up, tmp_path, capsys):
 
 def test_a_part_is_not_written_over_the_whole(made_up, capsys, monkeypatch):
     monkeypatch.setattr(bench, "write", lambda *_: pytest.fail("wrote a file"))
+    with pytest.raises(SystemExit):
+        bench.main(["--pairs", "0"])
+    assert "--pairs 0: give at least 1" in capsys.readouterr().err
+    assert bench.main(["--pairs", "1"]) == 1, "fewer rounds than it takes"
     assert bench.main(["--only", "load"]) == 0
     assert bench.main(["--only", "allocator", "--quick"]) == 1, "nothing measured"
     with pytest.raises(SystemExit):

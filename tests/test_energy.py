@@ -1,6 +1,7 @@
 """Joules come from counters or not at all: a zeus of our own stands for the real one, which finds no counter on most machines."""
 
 import sys
+import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -74,7 +75,7 @@ def test_a_zeus_that_does_not_import(monkeypatch):
 def test_joules_of_all_counters(monkeypatch, counters, joules, names):
     machine = Machine(monkeypatch, **counters)
     machine.work()  # what was used before does not count
-    assert measure_energy(machine.work) == (pytest.approx(joules), names)
+    assert measure_energy(machine.work, seconds=0.0) == (pytest.approx(joules), names)
     assert machine.windows == []
 
 
@@ -94,7 +95,10 @@ def test_no_counter_says_why(monkeypatch):
 
 def test_a_counter_that_stands_still_is_no_zero(monkeypatch):
     Machine(monkeypatch, cpu=(0,))
-    assert measure_energy(lambda: None) == (None, "a counter did not move during the call (RAPL package 0): let it take longer")
+    assert measure_energy(lambda: None, seconds=0.01) == (
+        None,
+        "a counter did not move during the calls (RAPL package 0): let them take longer",
+    )
 
 
 def test_failures_of_the_function_and_of_the_driver(monkeypatch):
@@ -112,3 +116,15 @@ def test_on_this_machine_as_it_is():
     joules, told = measure_energy(lambda: sum(range(10**7)))
     assert told
     assert joules is None or joules > 0
+
+
+def test_short_calls_are_repeated_and_the_first_is_not_counted(monkeypatch):
+    machine, calls = Machine(monkeypatch, cpu=(0,)), []
+
+    def work():
+        machine.joules["cpu"][0] += 5.0 if calls else 1_000.0  # the first call allocates, compiles, wakes up
+        calls.append(1)
+        time.sleep(0.01)
+
+    assert measure_energy(work, seconds=0.05)[0] == pytest.approx(5.0)
+    assert 3 <= len(calls) <= 8

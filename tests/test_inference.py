@@ -124,6 +124,36 @@ def test_autocast_runs_the_prefixes(family):
     assert float(error / scale) < 0.1  # choices of close calls differ in bfloat16
 
 
+class Float32(torch.nn.Module):
+    """An activation that answers in float32, as some do under autocast on GPUs."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.float())
+
+
+@torch.no_grad()
+def test_autocast_with_an_activation_in_float32(family):
+    model, ids = make_converted(family), make_blocks().ids
+    for mlp in model.nested_mlps():
+        mlp.act_fn = Float32(mlp.act_fn)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bool(torch.isfinite(model(ids).logits).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_half_precision_rounds_and_no_more(dtype, close):
+    """The same choices in half precision: the error is that of its rounding, for tokens of every expert."""
+    mlp, x, experts = one_mlp(), tokens(8), CHOICES["mixed"]
+    given(mlp, experts)
+    exact, half = mlp(x), mlp.to(dtype)(x.to(dtype)).float()
+    assert float(((half - exact).norm(dim=1) / exact.norm(dim=1)).max()) < close
+
+
 # --- memory -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -161,4 +191,43 @@ def test_training_keeps_the_layout():
     assert down.grad.stride() == down.stride(), "else every step would copy between the two orders"
     optimizer.step()
     assert not torch.equal(model.nested_mlps()[0].down.weight, before)
+    assert one_piece(model)
+
+
+def test_layouts_can_be_exchanged_for_sharding(tmp_path):
+    """FSDP2 takes contiguous parameters only: `lab.train` lays weights out by rows before they are wrapped."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    model, ids = make_converted(), make_blocks().ids
+    expected = model(ids).logits
+    model.lay_out(columns=False)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model.train()(ids, labels=ids).loss.backward()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_training_runs_by_rows_and_ends_by_columns(tmp_path, monkeypatch):
+    from dynamoe_lab.config import TrainConfig
+    from dynamoe_lab.training import dynamoe, train
+
+    seen = []
+
+    class Watched(dynamoe.DynaMoETrainer):
+        def train(self, *args, **kwargs):
+            seen.append(all(parameter.is_contiguous() for parameter in self.model.parameters()))
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(dynamoe, "DynaMoETrainer", Watched)
+    model = make_converted()
+    train(model, make_blocks().ids, TrainConfig(steps=1, batch_size=2), output_dir=tmp_path, progress=False)
+    assert seen == [True]
     assert one_piece(model)

@@ -306,6 +306,12 @@ def test_random_pair():
         model.set_routing("full")
         assert torch.allclose(model(ids).logits, dense(ids).logits, atol=1e-4)
     assert len(measure_latency(dense, model, tokens=8, pairs=1)) == 2
+    for width in (480, 224, 66):  # half of SmolLM2-360M, a quarter of Qwen2.5-0.5B, and a prime number of pairs
+        config = random_pair(width, 64)[0].config
+        assert width % (2 * config.num_attention_heads) == 0
+        assert config.head_dim >= 64
+    half = random_pair(64, 128, dtype="bfloat16")
+    assert {each.dtype for each in half} == {torch.bfloat16}
     assert random_pair(48, 64, heads=3)[0].config.head_dim == 16
     for sizes, options in (((65, 64), {}), ((0, 64), {}), ((64, 64), {"heads": 5}), ((64, 64), {"layers": 0}), ((64, 2), {})):
         with pytest.raises(InputError, match=r"random_pair: .*(even width|different|sizes)|convert: .*sizes"):
@@ -326,7 +332,14 @@ def test_random_pair():
         ({"phase": "decode", "tokens": 125, "steps": 4}, "129 positions"),
         ({"ids": IDS, "batch": 5}, r"ids of shape \[4, 24\] are too few: give at least \[5, 16\]"),
         ({"ids": IDS[:, :9]}, r"ids of shape \[4, 9\] are too few"),
-        ({"ids": IDS[0]}, r"ids of shape \[24\] are too few"),
+        ({"ids": IDS[0], "batch": 2}, r"ids of shape \[24\] are too few"),
+        ({"ids": IDS.float()}, "ids: give a tensor or blocks of token ids below 128"),
+        ({"ids": IDS + 128}, "ids: give a tensor or blocks of token ids below 128"),
+        ({"ids": IDS.tolist()}, "ids: give a tensor or blocks of token ids below 128"),
+        ({"batch": 1.5}, "batch = 1.5: give a whole number"),
+        ({"pairs": 1.5}, "pairs = 1.5: give at least 1 round"),
+        ({"routings": 1}, "routings = 1: give a list of routings"),
+        ({"routings": [("a",) * 4]}, "shares are at least 0"),
         ({"routings": ()}, "give a list of routings"),
         ({"routings": "router"}, "give a list of routings"),
         ({"routings": ("router", "router")}, "one is given twice"),
@@ -378,3 +391,16 @@ def test_the_real_model():
     assert rows.loc["expert 1", "ideal_share"] == pytest.approx(0.5)
     assert (frame["seconds"] > frame["mlp_seconds"]).all()
     assert len(frame) == 6
+
+
+def test_ids_are_rows_blocks_or_one_text():
+    model = make_converted()
+    asked = {"phase": "decode", "batch": 2, "tokens": 12, "steps": 3, "seed": 0}
+    rows = step_ids(model, "test", ids=IDS, **asked)
+    assert torch.equal(
+        step_ids(model, "test", ids=make_blocks(4, 24, seed=1), **asked),
+        step_ids(model, "test", ids=make_blocks(4, 24, seed=1).ids, **asked),
+    )
+    text = step_ids(model, "test", ids=IDS.flatten(), **asked)
+    assert rows.shape == text.shape == (2, 15)
+    assert torch.equal(text[:, :12], IDS.flatten()[:24].view(2, 12))

@@ -107,7 +107,7 @@ def test_read_back_from_csv(tmp_path):
 
 def test_table_by_hand():
     table = latency_table(make_latency(ROUNDS))
-    names = ["run", "phase", "batch", "tokens", "threads", "device", "routing", "seconds", "active_mlp_fraction", "ideal_seconds"]
+    names = ["run", "phase", "batch", "tokens", "threads", "device", "dtype", "routing", "seconds", "active_mlp_fraction", "ideal_seconds"]
     assert list(table.columns) == [*names, "low", "high", "n"]
     dense, mixed = row_of(table, "dense"), row_of(table, "mixed")
     # medians: dense 10 and 6 in its MLPs; a tenth of the way from 10 to 10, nine tenths of the way: 10 + .8 * 10

@@ -307,6 +307,15 @@ def test_label_route_trains_on_the_labels(blocks):
     assert all(torch.equal(a, b.argmax(-1)) for a, b in zip(output.experts, output.router_logits, strict=True))
 
 
+def test_reentrant_checkpointing_is_refused(blocks):
+    """It makes traces without gradient: the routers would silently not learn."""
+    model = make_converted().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.model.embed_tokens.register_forward_hook(lambda *_: _[-1].requires_grad_())
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(blocks.ids, labels=blocks.ids, use_cache=False)
+
+
 def test_gradient_checkpointing_changes_no_gradient(family, blocks):
     model = make_converted(family).train()
     grads = []

@@ -60,7 +60,7 @@ def test_every_token_takes_the_expert_drawn_for_it(family):
     model, passed, asked = make_converted(family), [], []
     for mlp in model.nested_mlps():
         mlp.register_forward_hook(lambda mlp, args, output: passed.append((mlp, args[0].flatten(0, -2), output.flatten(0, -2))))
-        mlp.router[0].register_forward_hook(lambda *_: asked.append(1))
+        mlp.router.get_submodule("0").register_forward_hook(lambda *_: asked.append(1))
     with forced_routing(model, MIXED, rows=IDS.numel(), seed=3) as drawn:
         model(IDS, use_cache=False)
         assert len(asked) == len(passed) == len(drawn) == 3, "the routers did work"

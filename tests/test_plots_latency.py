@@ -168,3 +168,16 @@ class TestGrowth:
             plots.plot_cost_growth(growth.query("experts == 4"))
         with pytest.raises(InputError, match="several rows of one phase and experts; pass the rows of one routing"):
             plots.plot_cost_growth(pd.concat([growth, growth.assign(routing="router")]))
+
+
+def test_energy_is_told_or_told_to_be_missing():
+    def line(**columns) -> str:
+        energy = pd.DataFrame({"model": ["dense", "trained router"], **columns})
+        return plots.plot_time_parts(make_parts(), energy=energy).legends[0].get_title().get_text()
+
+    measured = {"joules_per_token": [0.2114, 0.18], "note": "RAPL package 0"}
+    assert line(**measured) == "energy per token: dense 0.211 J, trained router 0.18 J (RAPL package 0)"
+    missing = {"joules_per_token": float("nan"), "note": "not measured: no counter"}
+    assert line(**missing) == "energy: not measured (no counter)"
+    with pytest.raises(InputError, match="joules_per_token"):
+        plots.plot_time_parts(make_parts(), energy=pd.DataFrame({"model": ["dense"]}))

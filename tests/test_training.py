@@ -185,7 +185,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path, monkeypatch):
         loss = original(self, model, inputs, *args, **kwargs)
         if self.state.global_step == 3:
             with torch.no_grad():
-                model.nested_mlps()[0].router[0].weight[0, 0] = float("inf")
+                model.nested_mlps()[0].router.get_submodule("0").weight[0, 0] = float("inf")
         return loss
 
     monkeypatch.setattr(dynamoe.DynaMoETrainer, "compute_loss", spoils_a_weight)

@@ -4,6 +4,7 @@ RAPL counts a whole processor package, NVML a whole GPU: what else runs there is
 nothing of that kind is returned.
 """
 
+import time
 from collections.abc import Callable
 
 __all__ = ["measure_energy"]
@@ -11,12 +12,13 @@ __all__ = ["measure_energy"]
 _WINDOW = "dynamoe-lab"
 
 
-def measure_energy(function: Callable[[], object]) -> tuple[float | None, str]:
+def measure_energy(function: Callable[[], object], *, seconds: float = 2.0) -> tuple[float | None, str]:
     """Joules of one call of `function`, without arguments, and what they are the joules of.
 
-    Needs the optional extra `energy`, and RAPL files that this user may read or a GPU whose NVML counts energy (Volta or later). Counters
-    move every few milliseconds: let the call take a second or more. A script needs the usual `if __name__ == "__main__":`, since zeus
-    starts a process that watches RAPL's counter overflow.
+    It is called once to warm up, then again and again for so many `seconds`: counters move every few milliseconds only.
+
+    Needs the optional extra `energy`, and RAPL files that this user may read or a GPU whose NVML counts energy (Volta or later). A
+    script needs the usual `if __name__ == "__main__":`, since zeus starts a process that watches RAPL's counter overflow.
 
     Returns:
         (joules of all counters together, their names in one line), e.g. (81.3, "RAPL package 0 with DRAM, NVML GPU 0"); or (None, the
@@ -37,11 +39,18 @@ def measure_energy(function: Callable[[], object]) -> tuple[float | None, str]:
         counted = [index for index in monitor.gpu_indices if monitor.gpus.supports_get_total_energy_consumption(index)]
         if not (counted or monitor.cpu_indices):
             return None, _why_none(monitor)
-        monitor.begin_window(_WINDOW)
     except Exception as error:  # a driver's or a library's: nothing of it is ours to correct
         return None, f"zeus cannot read the counters: {_line(error)}"
+    function()
     try:
-        function()
+        monitor.begin_window(_WINDOW)
+    except Exception as error:
+        return None, f"zeus cannot read the counters: {_line(error)}"
+    calls, began = 0, time.perf_counter()
+    try:
+        while not calls or time.perf_counter() - began < seconds:
+            function()
+            calls += 1
     except BaseException:
         monitor.end_window(_WINDOW, cancel=True)
         raise
@@ -54,8 +63,8 @@ def measure_energy(function: Callable[[], object]) -> tuple[float | None, str]:
     names = [f"RAPL package {index}{' with DRAM' if index in dram else ''}" for index in cpu] + [f"NVML GPU {index}" for index in gpu]
     values = [*cpu.values(), *dram.values(), *gpu.values()]
     if not values or any(joules <= 0 for joules in (*cpu.values(), *gpu.values())):
-        return None, f"a counter did not move during the call ({', '.join(names) or 'none'}): let it take longer"
-    return float(sum(values)), ", ".join(names)
+        return None, f"a counter did not move during the calls ({', '.join(names) or 'none'}): let them take longer"
+    return float(sum(values)) / calls, ", ".join(names)
 
 
 def _why_none(monitor: object) -> str:

@@ -6,6 +6,7 @@ that rotates, and ratios are formed round by round (`analysis.metrics.latency`).
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -48,7 +49,8 @@ def measure_latency(
         routings: "router"; "label" (computes the full MLP); "full"; an expert e, as `set_routing(e)`, which asks no router; or a tuple of E
             shares: the routers run but are overruled, every token draws its expert (see `mixed_shares`).
         pairs: rounds; one more before them warms up and is not counted.
-        ids: token ids [>= batch, >= tokens]; None: random ones. Only "router" and "label" depend on them.
+        ids: token ids [>= batch, >= tokens], `Blocks`, or one text [>= batch * tokens]; None: random ones. Only "router" and "label"
+            depend on them.
         seed: of random ids and of the draws, which are the same in every round.
 
     Returns:
@@ -63,7 +65,7 @@ def measure_latency(
     function = "measure_latency"
     _check_models(dense, model, function)
     routings = _as_routings(model, routings, function)
-    if pairs < 1:
+    if not isinstance(pairs, Integral) or pairs < 1:
         raise InputError(f"{function}: pairs = {pairs}: give at least 1 round")
     ids = step_ids(model, function, phase=phase, batch=batch, tokens=tokens, steps=steps, ids=ids, seed=seed)
     works = {name: Work(each, phase, ids, tokens) for name, each in (("dense", dense), ("model", model))}
@@ -115,7 +117,7 @@ def _check_models(dense: PreTrainedModel, model: PreTrainedModel, function: str)
 
 
 def _as_routings(model: PreTrainedModel, routings: Sequence[RoutingSpec], function: str) -> list[RoutingSpec]:
-    if isinstance(routings, str) or not len(routings):
+    if not isinstance(routings, (list, tuple)) or not routings:
         raise InputError(f"{function}: routings = {routings!r}: give a list of routings, e.g. ['router', 1]")
     for routing in routings:
         check_routing(model, routing, function)
@@ -253,21 +255,25 @@ def random_pair(
     layers: int = 2,
     heads: int | None = None,
     vocab_size: int = 256,
+    dtype: str = "float32",
+    device: str = "cpu",
     seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A random Llama-shaped model and its converted form, for how times grow with size; their text means nothing.
 
     Args:
-        heads: of attention; None: as many of 64 dimensions as fit.
+        heads: of attention; None: as many as divide the hidden size into even widths of at least 64 dimensions.
+        dtype, device: of both models.
         seed: of the weights; the global generator is left as it is.
 
     Returns:
-        (dense, converted), float32, on the CPU, in eval mode.
+        (dense, converted), in eval mode.
 
     Raises:
         InputError: sizes that make no model.
     """
-    heads = max(1, hidden_size // 64) if heads is None else heads
+    if heads is None:
+        heads = next((count for count in range(hidden_size // 64, 1, -1) if hidden_size % (2 * count) == 0), 1)
     if min(hidden_size, intermediate_size, layers, heads, vocab_size) < 1 or hidden_size % (2 * heads):
         raise InputError(f"random_pair: hidden_size {hidden_size} with {heads} heads: give positive sizes, heads of an even width")
     config = LlamaConfig(
@@ -285,6 +291,6 @@ def random_pair(
         raise InputError(f"random_pair: {error}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dense = LlamaForCausalLM(config).eval()
+        dense = LlamaForCausalLM(config).eval().to(device=device, dtype=getattr(torch, dtype))
         text = torch.randint(vocab_size, (1, 16))
     return dense, convert(dense, method, calibration=text)

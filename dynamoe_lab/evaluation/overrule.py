@@ -61,7 +61,7 @@ def check_routing(model: PreTrainedModel, routing: RoutingSpec, function: str) -
     if isinstance(routing, tuple):
         if len(routing) != experts:
             raise InputError(f"{function}: routing {routing} has {len(routing)} shares, the model {experts} experts; give one share each")
-        if not all(share >= 0 for share in routing) or not math.isclose(sum(routing), 1, abs_tol=1e-6):
+        if not all(isinstance(share, (int, float)) and share >= 0 for share in routing) or not math.isclose(sum(routing), 1, abs_tol=1e-6):
             raise InputError(f"{function}: routing {routing}: shares are at least 0 and sum to 1; lab.mixed_shares makes them")
     elif not (routing in _MODES if isinstance(routing, str) else type(routing) is int and 0 <= routing < experts):
         choices = f"{', '.join(_MODES)}, an expert from 0 to {experts - 1}, or a tuple of {experts} shares"

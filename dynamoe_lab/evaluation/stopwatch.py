@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from contextlib import ExitStack
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,8 @@ def step_ids(
 ) -> Tensor:
     """Token ids [batch, tokens (+ steps, if decoding)] on the model's device: the first of `ids`, or random ones.
 
-    Decoding goes on in `ids` where they are longer than `tokens`, and at their beginning where they end.
+    `ids` are rows [n, T], `Blocks`, or one text [N], which is cut into `batch` rows of `tokens`. Decoding goes on in them where they are
+    longer than `tokens`, and at their beginning where they end.
 
     Raises:
         InputError, naming `function`: an unknown phase, counts below 1, more positions than the model has, or too few ids.
@@ -137,7 +139,7 @@ def step_ids(
     if phase not in PHASES:
         raise InputError(f"{function}: phase {phase!r}: choose {' or '.join(PHASES)}")
     for name, value in {"batch": batch, "tokens": tokens, "steps": steps}.items():
-        if value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise InputError(f"{function}: {name} = {value}: give a whole number of at least 1")
     length = tokens + (steps if phase == "decode" else 0)
     if length > model.config.max_position_embeddings:
@@ -147,6 +149,11 @@ def step_ids(
     if ids is None:
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+    ids = getattr(ids, "ids", ids)
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
+        raise InputError(f"{function}: ids: give a tensor or blocks of token ids below {model.config.vocab_size}")
+    if ids.ndim == 1 and len(ids) >= batch * tokens:
+        ids = ids[: batch * tokens].view(batch, tokens)
     if ids.ndim != 2 or ids.shape[0] < batch or ids.shape[1] < tokens:
         raise InputError(f"{function}: ids of shape {list(ids.shape)} are too few: give at least [{batch}, {tokens}]")
     columns = torch.arange(length, device=ids.device) % ids.shape[1]

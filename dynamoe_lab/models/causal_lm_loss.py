@@ -10,7 +10,12 @@ from torch.nn import functional as F
 
 __all__ = ["causal_lm_loss", "token_losses"]
 
-ROWS = 32  # raised to float32 at a time; at a vocabulary of 50 K 6 MB, which stay in cache
+ROWS = 32  # raised to float32 at a time on a CPU; at a vocabulary of 50 K 6 MB, which stay in cache
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """On accelerators, where every slice is a launch of kernels, 128 MB."""
+    return ROWS if logits.device.type == "cpu" else max(ROWS, 2**25 // logits.shape[-1])
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -18,7 +23,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        normalisers = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(ROWS)])
+        normalisers = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(_rows_at_once(logits))])
         ctx.save_for_backward(logits, targets, normalisers)
         return normalisers - logits.gather(1, targets[:, None])[:, 0].float()
 
@@ -27,7 +32,8 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx, grad_losses):
         logits, targets, normalisers = ctx.saved_tensors
         grad = torch.empty_like(logits)
-        pieces = (tensor.split(ROWS) for tensor in (logits, targets, normalisers, grad_losses, grad))
+        at_once = _rows_at_once(logits)
+        pieces = (tensor.split(at_once) for tensor in (logits, targets, normalisers, grad_losses, grad))
         for rows, aims, tops, scales, out in zip(*pieces, strict=True):
             slope = out if out.dtype == tops.dtype else torch.empty_like(out, dtype=tops.dtype)
             torch.sub(rows, tops[:, None], out=slope).exp_()

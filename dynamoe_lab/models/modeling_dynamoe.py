@@ -78,11 +78,11 @@ class DynaMoEMixin:
         family = FAMILIES[self.config.model_type.removeprefix("dynamoe_")]
         return [family.nested(layer) for layer in decoder_layers(self)]
 
-    def lay_out(self) -> None:
-        """Order the memory of the MLPs so that every expert is one piece; see `NestedMLP.lay_out`. Conversion and loading do it."""
+    def lay_out(self, *, columns: bool = True) -> None:
+        """Order the memory of the MLPs so that every expert is one piece, or as in files; see `NestedMLP.lay_out`."""
         for module in self.modules():  # none yet while the dense family builds itself
             if isinstance(module, NestedMLP):
-                module.lay_out()
+                module.lay_out(columns=columns)
 
     def initialize_weights(self) -> None:
         """As in transformers, which calls it when weights are loaded, too; then memory is laid out for inference.
@@ -206,8 +206,16 @@ class DynaMoEMixin:
         if labels is not None:
             result.lm_loss = output.loss
             result.router_loss = self._router_loss(result.router_logits, result.labels, attention_mask)
+            if self._gradient_is_lost(result.router_loss):
+                raise RuntimeError("the routers' loss has lost its gradient: checkpoint activations with use_reentrant=False")
             result.loss = self.moe.lambda_lm * result.lm_loss + self.moe.lambda_router * result.router_loss
         return result
+
+    def _gradient_is_lost(self, router_loss: Tensor) -> bool:
+        """Whether routers learn, but not in this forward: reentrant checkpoints run layers without gradient, and so make the traces."""
+        if not (self.training and torch.is_grad_enabled()) or router_loss.requires_grad:
+            return False
+        return any(parameter.requires_grad for mlp in self.nested_mlps() for parameter in mlp.router.parameters())
 
     def _router_loss(self, logits: tuple[Tensor, ...], labels: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
         """Cross-entropy of the routers against the labels, mean over layers and over tokens that are no pads (the paper's L_router)."""

@@ -43,15 +43,18 @@ class RoutingTrace:
     similarities: Tensor  # [N, E] float32: cosine of every expert's output to the full output; the last is 1
 
 
-class Router(nn.Sequential):
+class Router(nn.Module):
     """D -> hidden -> E, two linear maps without bias (33.6 M parameters on Mistral-7B fit none), SiLU between."""
 
     def __init__(self, hidden_size: int, config: DynaMoEConfig):
-        super().__init__(
-            nn.Linear(hidden_size, config.router_hidden_size, bias=False),
-            nn.SiLU(),
-            nn.Linear(config.router_hidden_size, config.num_experts, bias=False),
-        )
+        super().__init__()
+        self.add_module("0", nn.Linear(hidden_size, config.router_hidden_size, bias=False))
+        self.add_module("2", nn.Linear(config.router_hidden_size, config.num_experts, bias=False))  # 1 was the activation: names in files
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the experts: [N, D] -> [N, E]."""
+        first, last = self._modules.values()
+        return last(F.silu(first(x)))
 
 
 class FrozenLinear(nn.Module):
@@ -100,6 +103,12 @@ def labels_from_similarity(similarities: Tensor, theta: float) -> Tensor:
     qualifies = similarities >= theta
     qualifies[..., -1] = True
     return qualifies.int().argmax(dim=-1)
+
+
+def _rows_of(linear: nn.Module, x: Tensor, lo: int, hi: int) -> Tensor:
+    """Outputs [lo, hi) of a linear map; attributes of modules are looked up once, which a decoded token would notice."""
+    weight, bias = linear.weight, linear.bias
+    return F.linear(x, weight[lo:hi], bias if bias is None else bias[lo:hi])
 
 
 class _WeightedBlocks(torch.autograd.Function):
@@ -158,16 +167,16 @@ class NestedMLP(nn.Module):
         for name in self._family.projections:
             setattr(self, name, getattr(dense, name))
 
-    def lay_out(self) -> None:
-        """Order the down projection's memory by columns; its values, shape and gradients stay, and training keeps the order.
+    def lay_out(self, *, columns: bool = True) -> None:
+        """Order the down projection's memory by columns, or by rows as in files; values and shape stay, training keeps the order.
 
-        A prefix of neurons is then one piece of memory, as it is in gate and up: reading it alone costs its share (decoding). Files
-        hold the usual order, so this is done after loading.
+        By columns a prefix of neurons is one piece of memory, as it is in gate and up: reading it alone costs its share (decoding). Loading
+        and converting do it. Sharding (`fully_shard`) and bare `safetensors.save_file` take weights by rows only.
         """
         weight = self.down.weight
-        if weight.stride(0) != 1:
+        if weight.stride(0 if columns else 1) != 1:
             with torch.inference_mode(False):  # inference tensors could not be trained later
-                weight.data = weight.data.t().contiguous().t()
+                weight.data = weight.data.t().contiguous().t() if columns else weight.data.contiguous()
 
     # --- the dense pieces -------------------------------------------------------------------------------------------------------
 
@@ -196,11 +205,11 @@ class NestedMLP(nn.Module):
         gate, up = self.gate, self.up
         if frozen:
             gate, up = None if gate is None else self.frozen[self._family.gate], self.frozen[self._family.up]
-        raised = F.linear(x, up.weight[lo:hi], None if up.bias is None else up.bias[lo:hi])
+        raised = _rows_of(up, x, lo, hi)
         if gate is None:
             return self.act_fn(raised)
-        active = self.act_fn(F.linear(x, gate.weight[lo:hi], None if gate.bias is None else gate.bias[lo:hi]))
-        return active * raised if torch.is_grad_enabled() else active.mul_(raised)  # no one else holds it
+        active = self.act_fn(_rows_of(gate, x, lo, hi))
+        return active * raised if torch.is_grad_enabled() else active.mul_(raised)  # a forward's own: saves a tensor of its size
 
     def _block_products(self, hidden: Tensor, weight: Tensor) -> list[Tensor]:
         """Each block's share of the output, output bias aside: [N, H] -> E x [N, D]."""
@@ -292,6 +301,9 @@ class NestedMLP(nn.Module):
 
         Rows and places are x and None if all tokens share one expert, as a single token always does.
         """
+        if len(x) == 1:  # decoding: as little as possible around the products
+            chosen = int(experts)
+            return x, None, [int(expert == chosen) for expert in range(self.moe.num_experts)]
         counts = torch.bincount(experts, minlength=self.moe.num_experts).tolist()
         if max(counts) == len(x):
             return x, None, counts
@@ -312,7 +324,7 @@ class NestedMLP(nn.Module):
             hidden, weight = self._hidden(rows[:remaining], lo, size), self.down.weight[:, lo:size]
             if output is None:  # every token has the first block, and with it the bias
                 output = F.linear(hidden, weight, self.down.bias)
-            elif hidden.dtype == weight.dtype:
+            elif output.dtype == hidden.dtype == weight.dtype:
                 output[:remaining].addmm_(hidden, weight.t())
             else:  # autocast, which casts what F.linear multiplies
                 output[:remaining] += F.linear(hidden, weight)

@@ -139,13 +139,18 @@ def train(
 
 @contextmanager
 def _prepared(model: PreTrainedModel, config: TrainConfig) -> Iterator[None]:
-    """The model as training needs it: all but MLPs and routers frozen, no cache; afterwards as it was found."""
+    """The model as training needs it: all but MLPs and routers frozen, no cache, weights laid out as wrappers such as FSDP ask for.
+
+    Afterwards it is as it was found, laid out for inference.
+    """
     learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     use_cache, model.config.use_cache = model.config.use_cache, False  # no one reads a cache in training
     freeze(model)
+    model.lay_out(columns=False)
     try:
         yield
     finally:
+        model.lay_out()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.config.use_cache = use_cache

@@ -69,8 +69,8 @@ def run_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any] 
 
     Arguments that do not matter to the result are left out of the key: `output_dir`, which the step chooses, and the names in the
     function's attribute `step_ignores`, e.g. `train.step_ignores = ("progress", "config.log_steps")` (a dotted name is a field of a
-    dataclass argument). A function whose attribute `step_times` is true measures times: they are kept for the processor, device and number
-    of threads that they were measured with.
+    dataclass argument). A function whose attribute `step_times` is true measures times: they are kept for the processor, device, number
+    of threads and torch that they were measured with.
 
     Args:
         function: a function that can be imported. It returns what `results.write_result` can keep.
@@ -174,7 +174,9 @@ def _machine(arguments: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     where = {"cpu": environment.cpu_name(), "cores": environment.usable_cores(), "threads": torch.get_num_threads()}
-    return where | {"device": str(_device(arguments))}
+    device = torch.device(_device(arguments))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return where | {"device": name, "torch": torch.__version__}
 
 
 def _device(arguments: dict[str, Any]) -> Any:

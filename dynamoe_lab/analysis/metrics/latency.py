@@ -59,9 +59,9 @@ def latency_table(latency: pd.DataFrame) -> pd.DataFrame:
     """The seconds of each setting, and those that an implementation would take that pays for active work alone.
 
     Returns:
-        run, phase, batch, tokens, threads, device, (sizes,) routing, seconds (median over rounds), active_mlp_fraction, ideal_seconds (the
-        dense model's median seconds less the MLP work left out: its median MLP seconds * (1 - ideal_share)), low, high (10 % and 90 %
-        quantiles of the seconds), n (rounds).
+        run, phase, batch, tokens, threads, device, dtype, (sizes,) routing, seconds (median over rounds), active_mlp_fraction,
+        ideal_seconds (the dense model's median seconds less the MLP work left out: its median MLP seconds * (1 - ideal_share)), low, high
+        (10 % and 90 % quantiles of the seconds), n (rounds).
 
     Raises:
         InputError: missing columns, or a setting without dense rows.
@@ -75,8 +75,7 @@ def latency_table(latency: pd.DataFrame) -> pd.DataFrame:
         raise InputError(f"latency_table: run {lost['run']!r} has no dense rows in phase {lost['phase']}; pass whole rounds")
     table["ideal_seconds"] = table["seconds_dense"] - table["mlp_seconds"] * (1 - table["ideal_share"])
     table = table.rename(columns={"seconds_low": "low", "seconds_high": "high"})
-    before = [name for name in place if name != "dtype"]
-    return table[[*before, "routing", "seconds", "active_mlp_fraction", "ideal_seconds", "low", "high", "n"]]
+    return table[[*place, "routing", "seconds", "active_mlp_fraction", "ideal_seconds", "low", "high", "n"]]
 
 
 def _columns(latency: pd.DataFrame, function: str) -> tuple[list[str], pd.DataFrame]:

@@ -22,7 +22,9 @@ _BOUND = {"linewidth": 0.9, "linestyle": (0, (3, 1.5)), "alpha": 0.75}
 
 
 @styled
-def plot_time_parts(parts: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+def plot_time_parts(
+    parts: pd.DataFrame, *, energy: pd.DataFrame | None = None, figure: Figure | SubFigure | None = None
+) -> Figure | SubFigure:
     """Where the time of a forward goes: a stacked bar per run, from the first run of the frame on top, a panel per phase.
 
     Numbers are the parts' times in the unit of the axis; behind the bar stands the whole.
@@ -30,6 +32,7 @@ def plot_time_parts(parts: pd.DataFrame, *, figure: Figure | SubFigure | None = 
     Args:
         parts: run, phase, batch, tokens, part (MLP, router, sorting, attention, head, other), seconds, share (from `time_parts`, one
             setting per phase); `run` names the bars.
+        energy: model, joules_per_token (nan: not measured), note (the counters, or why there are none): one line below the bars.
         figure: where to draw; None: a new figure.
     """
     require(parts, ("run", "phase", "batch", "tokens", "part", "seconds", "share"), "plot_time_parts")
@@ -53,9 +56,21 @@ def plot_time_parts(parts: pd.DataFrame, *, figure: Figure | SubFigure | None = 
     axes[0].set_ylim(len(runs) - 0.5, -0.5)
     drawn = [name for name in PARTS if parts.loc[parts["part"] == name, "seconds"].gt(0).any()]
     handles = [Line2D([], [], marker="s", linestyle="none", markersize=6, color=_PARTS[name], label=name) for name in drawn]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0.3, columnspacing=1.4)
+    line = None if energy is None else _energy_line(energy)
+    key = {"ncols": len(handles), "handletextpad": 0.3, "columnspacing": 1.4, "title": line, "title_fontsize": 7}
+    figure.legend(handles=handles, loc="outside lower center", **key)
     headline(figure, _parts_message(parts, runs, phases))
     return figure
+
+
+def _energy_line(energy: pd.DataFrame) -> str:
+    """Joules per token of every model, or that they were not measured, and why."""
+    require(energy, ("model", "joules_per_token", "note"), "plot_time_parts: energy")
+    notes = ", ".join(dict.fromkeys(energy["note"]))
+    if energy["joules_per_token"].isna().any():
+        return f"energy: not measured ({notes.removeprefix('not measured: ')})"
+    told = (f"{model} {joules:.3g} J" for model, joules in zip(energy["model"], energy["joules_per_token"], strict=True))
+    return f"energy per token: {', '.join(told)} ({notes})"
 
 
 def _bars(ax: Axes, table: pd.DataFrame) -> None:
