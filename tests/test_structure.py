@@ -260,7 +260,7 @@ def test_readme_commands_are_accepted(monkeypatch):
     from typer.testing import CliRunner
 
     from dynamoe_lab.config import load_experiment
-    from dynamoe_lab.workbench import checkpoints, inventory, notebooks, report, sweep
+    from dynamoe_lab.workbench import benchmarks, checkpoints, inventory, notebooks, report, sweep
     from dynamoe_lab.workbench.cli import app
 
     calls = []
@@ -275,6 +275,8 @@ def test_readme_commands_are_accepted(monkeypatch):
     monkeypatch.setattr(sweep, "run_sweep", lambda chosen, **options: calls.append(chosen.resolve()) or sys.exit(0))
     for name in ("convert_to_folder", "train_to_folder"):
         monkeypatch.setattr(checkpoints, name, lambda *_, given, **__: calls.append(load_experiment("quick", given)))
+    monkeypatch.setattr(benchmarks, "score_to_folder", lambda *_, **__: calls.append("eval"))
+    monkeypatch.setattr(benchmarks, "compare_scores", lambda *_, **__: calls.append("compare"))
     monkeypatch.setattr(inventory, "list_runs", lambda *_: calls.append("ls"))
     monkeypatch.setattr(inventory, "find_run", lambda *_: calls.append("show"))
     monkeypatch.setattr(inventory, "show_run", lambda _: "")
