@@ -34,6 +34,7 @@ def make_trainer(model: PreTrainedModel, ids: Tensor, folder: Path, *, steps: in
     model.config.use_cache = False  # as `lab.train` does
     if isinstance(model, DynaMoEMixin):
         freeze(model)
+        model.lay_out(columns=False)
     else:
         family = family_of(model.config.model_type)
         model.requires_grad_(False)

@@ -31,7 +31,9 @@ def test_help_comes_at_once():
         done = subprocess.run([sys.executable, "-m", "dynamoe_lab", "--help"], capture_output=True, text=True, env=environment, timeout=240)
         seconds.append(time.perf_counter() - began)
     assert done.returncode == 0
-    assert all(word in done.stdout for word in ("run", "sweep", "convert", "train", "eval", "compare", "ls", "show", "report", "doctor", "--debug"))
+    assert all(
+        word in done.stdout for word in ("run", "sweep", "convert", "train", "eval", "compare", "ls", "show", "report", "doctor", "--debug")
+    )
     assert min(seconds) < 0.5
 
 
