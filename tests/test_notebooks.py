@@ -34,7 +34,7 @@ COLUMNS = {  # of the documented tables
     "06_pareto/pareto": "method theta seed train_tokens active_params active_mlp_fraction metric value low high n "
     "time_ratio time_low time_high",
     "08_benchmarks/scores": "run task split metric value stderr n task_version batch_size dtype",
-    "09_latency/latency": "run phase batch tokens threads device routing seconds active_mlp_fraction ideal_seconds low high n",
+    "09_latency/latency": "run phase batch tokens threads device dtype routing seconds active_mlp_fraction ideal_seconds low high n",
     "09_latency/time_parts": "run routing phase batch tokens part seconds share",
     "07_collapse/collapse": "lambda_router router_gradient seed layer expert share tokens",
     "20_ablation/ablation": "cell dynamoe.importance mode metric value low high n active_mlp_fraction active_params train_tokens status",

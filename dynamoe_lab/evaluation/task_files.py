@@ -63,13 +63,13 @@ _Dumper.add_representer(_Function, lambda dumper, name: dumper.represent_scalar(
 def _definition(name: str, file: Path, manager: "TaskManager") -> dict[str, Any]:
     """lm-eval's definition of a task, on the documents in `file`."""
     entry = manager.task_index[name]
-    place = f"{entry.yaml_path.parent}/"  # what lm-eval's index puts before a function's name
-    module = f"lm_eval.tasks.{entry.yaml_path.parent.name}."
-    stock = {key: _Function(module + value[len(place) :]) if _is_below(value, place) else value for key, value in entry.cfg.items()}
+    parent = entry.yaml_path.parent
+    places = (f"{parent}/", f"{parent.resolve()}/")  # what lm-eval's index puts before a function's name, links followed or not
+    module = f"lm_eval.tasks.{parent.name}."
+    stock = {
+        key: _Function(module + value.rpartition("/")[2]) if isinstance(value, str) and value.startswith(places) else value
+        for key, value in entry.cfg.items()
+    }
     changed = {**local_overrides(name, file), "task": f"{name}_local"}
     # no tag: `--tasks ai2_arc` would mean both, the stock task and this one; nothing where the stock file says nothing
     return {key: value for key, value in {**stock, **changed}.items() if key != "tag" and value is not None}
-
-
-def _is_below(value: Any, place: str) -> bool:
-    return isinstance(value, str) and value.startswith(place)
