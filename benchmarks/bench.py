@@ -1,6 +1,6 @@
 """Speed of this package, as ratios of two things measured side by side: prints a table, writes benchmarks/results.json.
 
-    make bench                                       # everything, about 15 minutes on two cores
+    make bench                                       # everything, about 12 minutes on two cores
     python benchmarks/bench.py --only load --quick   # one number, roughly
 
 Ratios hold where seconds do not, but two heavy jobs on the same cores spoil them, too: run it alone. A run that leaves anything out

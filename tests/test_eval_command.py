@@ -10,6 +10,7 @@ from test_cli import call
 
 from dynamoe_lab.analysis import benchmark_deltas
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.evaluation import export_tasks
 from dynamoe_lab.workbench import benchmarks
 from dynamoe_lab.workbench.benchmarks import compare_scores, default_folder
 
@@ -84,6 +85,18 @@ class TestEval:
         other = call("eval", "smollm2-pico", "--tasks", "sciq", "--limit", "4", "--output", "scores")
         assert (other.exit_code, other.stderr.count("\n")) == (2, 1)
         assert "holds scores of limit 5, not 4" in other.stderr
+
+    @pytest.mark.assets
+    def test_a_task_file_that_changed_is_scored_again(self, own):
+        (name,) = export_tasks(own / "files", ["piqa"])
+        file, cached = own / "files" / f"{name}.yaml", []
+        for text in (None, None, file.read_text().replace("Question:", "Query:")):
+            if text is not None:
+                file.write_text(text)
+            done = call("eval", "smollm2-pico", "--tasks", f"files/{name}.yaml", "--limit", "3", "--output", "scores")
+            assert done.exit_code == 0, done.output
+            cached.append("read from the cache" in done.stdout)
+        assert cached == [False, True, False]
 
     @pytest.mark.assets
     def test_a_converted_model_under_its_routings_against_its_parent(self, own):
