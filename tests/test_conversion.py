@@ -217,7 +217,6 @@ def test_paper_numbers_for_mistral_7b():
     """Shapes only: 33.6 M router parameters, 7.24 B in all, and a floor of 3.01 B when every token takes the quarter expert."""
     from transformers import MistralConfig
 
-    from dynamoe_lab.evaluation import expert_params
     from dynamoe_lab.models import CONFIG_CLASSES, MODEL_CLASSES
 
     values = {
@@ -233,5 +232,5 @@ def test_paper_numbers_for_mistral_7b():
     assert routers == 32 * (4096 * 256 + 256 * 4)
     assert round(routers / 1e6, 1) == 33.6
     assert (total - routers) / 1e9 == pytest.approx(7.25, abs=0.011)
-    floor = total - routers - sum(expert_params(mlp)[-1] - expert_params(mlp)[0] for mlp in mlps)
+    floor = total - routers - sum(mlp.expert_params()[-1] - mlp.expert_params()[0] for mlp in mlps)
     assert floor / 1e9 == pytest.approx(3.02, abs=0.011)

@@ -16,7 +16,6 @@ from dynamoe_lab.evaluation import (
     count_active_params,
     document_losses,
     evaluate_perplexity,
-    expert_params,
     expert_similarity,
     logit_change,
     trace_routing,
@@ -131,7 +130,7 @@ def test_a_fixed_width_asks_no_router(family, blocks):
     model.set_routing(1)
     fixed, traced = count_active_params(model), count_active_params(model, trace_routing(model, blocks))
     pd.testing.assert_frame_equal(fixed, traced)
-    assert fixed.iloc[-1]["active_params"] == dense - sum(expert_params(mlp)[-1] - expert_params(mlp)[1] for mlp in model.nested_mlps())
+    assert fixed.iloc[-1]["active_params"] == dense - sum(mlp.expert_params()[-1] - mlp.expert_params()[1] for mlp in model.nested_mlps())
     model.set_routing("router")
     with pytest.raises(InputError, match="tokens differ"):
         count_active_params(model)
@@ -140,7 +139,7 @@ def test_a_fixed_width_asks_no_router(family, blocks):
 def test_biases_count(blocks):
     model = make_converted(dense=make_dense(mlp_bias=True))
     mlp = model.nested_mlps()[0]
-    assert expert_params(mlp)[0] == 24 * (64 + 1) * 2 + 64 * 24 + 64
+    assert mlp.expert_params()[0] == 24 * (64 + 1) * 2 + 64 * 24 + 64
     model.set_routing("full")
     dense = make_dense(mlp_bias=True)
     with torch.no_grad():

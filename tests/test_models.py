@@ -9,7 +9,6 @@ import torch
 from conftest import FAMILIES, make_blocks, make_converted, make_dense
 from torch.nn import functional as F
 
-from dynamoe_lab.evaluation import expert_params
 from dynamoe_lab.models import DynaMoEConfig, decoder_layers, family_of, labels_from_similarity
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
@@ -366,7 +365,7 @@ def test_frozen_labels_stay_those_of_the_conversion(family, blocks):
 def test_frozen_copies_neither_learn_nor_count(family, blocks):
     frozen, current = (make_converted(family, label_target=target).train() for target in ("frozen", "current"))
     assert [name for name, _ in frozen.named_parameters()] == [name for name, _ in current.named_parameters()]
-    assert [expert_params(mlp) for mlp in frozen.nested_mlps()] == [expert_params(mlp) for mlp in current.nested_mlps()]
+    assert [mlp.expert_params() for mlp in frozen.nested_mlps()] == [mlp.expert_params() for mlp in current.nested_mlps()]
     extra = set(frozen.state_dict()) - set(current.state_dict())
     per_layer = [len([name for name, _ in mlp.named_parameters() if not name.startswith("router")]) for mlp in frozen.nested_mlps()]
     assert len(extra) == sum(per_layer)

@@ -1,7 +1,7 @@
 """Perplexity, routing traces, benchmarks, cost, latency: model -> DataFrame."""
 
 from dynamoe_lab.evaluation.benchmarks import evaluate_benchmarks, evaluate_task
-from dynamoe_lab.evaluation.cost import count_active_params, expert_params
+from dynamoe_lab.evaluation.cost import count_active_params
 from dynamoe_lab.evaluation.cost_model import ideal_share, model_cost
 from dynamoe_lab.evaluation.difficulty import trace_similarity
 from dynamoe_lab.evaluation.energy import measure_energy
@@ -19,7 +19,6 @@ __all__ = [
     "evaluate_benchmarks",
     "evaluate_perplexity",
     "evaluate_task",
-    "expert_params",
     "expert_similarity",
     "export_tasks",
     "ideal_share",

@@ -4,17 +4,9 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.models import DynaMoEMixin, NestedMLP, decoder_layers
+from dynamoe_lab.models import DynaMoEMixin, decoder_layers
 
-__all__ = ["count_active_params", "expert_params", "expert_tokens"]
-
-
-def expert_params(mlp: NestedMLP) -> list[int]:
-    """Parameters of each nested expert of one layer, router aside: rows of the input projections, columns of down, down's whole bias."""
-    inputs = [linear for linear in (mlp.gate, mlp.up) if linear is not None]
-    per_neuron = sum(linear.in_features + (linear.bias is not None) for linear in inputs) + mlp.down.out_features
-    shared = 0 if mlp.down.bias is None else mlp.down.bias.numel()
-    return [size * per_neuron + shared for size in mlp.sizes]
+__all__ = ["count_active_params", "expert_tokens"]
 
 
 def expert_tokens(model: PreTrainedModel, routing: pd.DataFrame | None, function: str) -> pd.DataFrame:
@@ -64,7 +56,7 @@ def count_active_params(model: PreTrainedModel, routing: pd.DataFrame | None = N
     others = [sum(parameter.numel() for parameter in layer.parameters() if id(parameter) not in nested) for layer in decoder_layers(model)]
     rows = []
     for index, mlp in enumerate(mlps):
-        sizes = expert_params(mlp)
+        sizes = mlp.expert_params()
         counts = usage.loc[index]
         active = sum(counts.get(expert, 0) * size for expert, size in enumerate(sizes)) / counts.sum()
         router = sum(parameter.numel() for parameter in mlp.router.parameters()) if asked else 0

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.evaluation.cost import expert_params, expert_tokens
+from dynamoe_lab.evaluation.cost import expert_tokens
 from dynamoe_lab.models import DynaMoEMixin, NestedMLP, decoder_layers, family_of
 
 __all__ = ["PARTS", "ideal_share", "model_cost"]
@@ -143,7 +143,7 @@ def _mlp_of(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
 
 def _nested_mlp(mlp: NestedMLP, shares: list[float], sharing: int) -> tuple[_Cost, _Cost]:
     """MLP and router of a layer whose experts take these shares of the tokens."""
-    mode, whole = mlp.routing.mode, expert_params(mlp)
+    mode, whole = mlp.routing.mode, mlp.expert_params()
     reach = [sum(shares[block:]) for block in range(len(shares))]  # share of tokens that use each block
     active = sum(share * params for share, params in zip(shares, whole, strict=True))
     copies = 1

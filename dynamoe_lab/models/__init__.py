@@ -6,9 +6,10 @@ Importing this package registers the converted families with transformers' Auto 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .configuration_dynamoe import CONFIG_CLASSES, DynaMoEConfig
-from .families import FAMILIES, Family, decoder_layers, family_of
-from .modeling_dynamoe import MODEL_CLASSES, DynaMoECausalLMOutput, DynaMoEMixin, token_mask
+from .families import FAMILIES, Family, decoder_layers, dense_type_of, family_of
+from .modeling_dynamoe import MODEL_CLASSES, DynaMoECausalLMOutput, DynaMoEMixin
 from .nested_mlp import NestedMLP, Router, RoutingTrace, labels_from_similarity, nested_similarity
+from .routed import RoutedMixin, Routing, token_mask
 
 __all__ = [
     "CONFIG_CLASSES",
@@ -19,9 +20,12 @@ __all__ = [
     "DynaMoEMixin",
     "Family",
     "NestedMLP",
+    "RoutedMixin",
     "Router",
+    "Routing",
     "RoutingTrace",
     "decoder_layers",
+    "dense_type_of",
     "family_of",
     "labels_from_similarity",
     "nested_similarity",

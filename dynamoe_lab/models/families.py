@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-__all__ = ["FAMILIES", "Family", "decoder_layers", "family_of"]
+__all__ = ["FAMILIES", "Family", "decoder_layers", "dense_type_of", "family_of"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Family:
     residual_norm: str = "post_attention_layernorm"  # the norm before the MLP; its input is the residual stream r
     norm_first: str | None = None  # config field: where it is false, residual_norm follows the sum, and r is the MLP's own input
     output_norm: str | None = None  # norm between the MLP's output and the sum; the cosine label compares outputs before it
+    attention: str = "self_attn"  # the attention within a layer
+    whole_heads: str | None = None  # why dimensions of attention heads cannot be pruned (ToMoE); None: they can
     parallel: bool | str = False  # attention and MLP both start from the layer's input, which then is r; a string: the config field
 
     @property
@@ -67,12 +69,20 @@ class Family:
         return bool(getattr(config, self.parallel) if isinstance(self.parallel, str) else self.parallel)
 
 
+NORMED_HEADS = "it normalises queries and keys over the head's dimensions before rotating them, so a sliced head is another function"
+PREFIXES = ("dynamoe_", "tomoe_masked_", "tomoe_")  # of converted model types
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(LlamaForCausalLM),
     "mistral": Family(MistralForCausalLM),
     "qwen2": Family(Qwen2ForCausalLM),
-    "qwen3": Family(Qwen3ForCausalLM),
-    "gemma3_text": Family(Gemma3ForCausalLM, residual_norm="pre_feedforward_layernorm", output_norm="post_feedforward_layernorm"),
+    "qwen3": Family(Qwen3ForCausalLM, whole_heads=NORMED_HEADS),
+    "gemma3_text": Family(
+        Gemma3ForCausalLM,
+        residual_norm="pre_feedforward_layernorm",
+        output_norm="post_feedforward_layernorm",
+        whole_heads=NORMED_HEADS,
+    ),
     "gpt_neox": Family(
         GPTNeoXForCausalLM,
         layers="gpt_neox.layers",
@@ -80,6 +90,8 @@ FAMILIES: dict[str, Family] = {
         up="dense_h_to_4h",
         down="dense_4h_to_h",
         activation="act",
+        attention="attention",
+        whole_heads="it keeps queries, keys and values in one matrix and rotates only part of each head",
         parallel="use_parallel_residual",
     ),
     "phi": Family(
@@ -89,6 +101,7 @@ FAMILIES: dict[str, Family] = {
         down="fc2",
         activation="activation_fn",
         residual_norm="input_layernorm",
+        whole_heads="it rotates only part of each head, so dimensions beyond that part have no rotary partner",
         parallel=True,
     ),
     "opt": Family(
@@ -102,8 +115,15 @@ FAMILIES: dict[str, Family] = {
         intermediate_size="ffn_dim",
         residual_norm="final_layer_norm",
         norm_first="do_layer_norm_before",
+        whole_heads="it has learnt positions instead of rotary ones, for which the pruned pairs are defined",
     ),
 }
+
+
+def dense_type_of(model_type: str) -> str:
+    """The dense model type of a converted one: `dynamoe_llama` -> `llama`; a dense one stays."""
+    prefix = next((prefix for prefix in PREFIXES if model_type.startswith(prefix)), "")
+    return model_type.removeprefix(prefix)
 
 
 def family_of(model_type: str) -> Family:
@@ -111,7 +131,7 @@ def family_of(model_type: str) -> Family:
 
     Raises ValueError naming the supported types if it is none of them.
     """
-    dense_type = model_type.removeprefix("dynamoe_")
+    dense_type = dense_type_of(model_type)
     if dense_type not in FAMILIES:
         raise ValueError(f"model type {model_type!r} is not supported: the family table has {', '.join(sorted(FAMILIES))}")
     return FAMILIES[dense_type]

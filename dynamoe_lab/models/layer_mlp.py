@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .configuration_dynamoe import DynaMoEConfig
 from .families import Family
-from .nested_mlp import NestedMLP, Routing
+from .nested_mlp import NestedMLP
+from .routed import Routing
 
 __all__ = ["LayerNestedMLP", "PassedOn", "nest_experts"]
 

@@ -5,10 +5,10 @@ conversion); it loads with `AutoModelForCausalLM` after `import dynamoe_lab.mode
 not installed, since these files travel with it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from .configuration_dynamoe import CONFIG_CLASSES, DynaMoEConfig
 from .families import FAMILIES, Family, decoder_layers
 from .layer_mlp import nest_experts
 from .model_card import CARD_HEAD, model_card
-from .nested_mlp import FrozenLinear, NestedMLP, Routing, labels_from_similarity
+from .nested_mlp import FrozenLinear, NestedMLP, labels_from_similarity
+from .routed import RoutedMixin, Routing, token_mask
 
 __all__ = [
     "MODEL_CLASSES",
@@ -55,9 +56,11 @@ class DynaMoECausalLMOutput(MoeCausalLMOutputWithPast):
     similarities: tuple[Tensor, ...] | None = None
 
 
-class DynaMoEMixin:
+class DynaMoEMixin(RoutedMixin):
     """What all families share; stands before the family's class in the bases."""
 
+    method = "dynamoe"
+    routing_modes: ClassVar = {"router": None, "label": None, "full": None, "random": None}
     # The loss is a mean per batch, so Trainer has to divide by the accumulation steps itself; otherwise lambda would change with them.
     accepts_loss_kwargs = False
 
@@ -78,6 +81,8 @@ class DynaMoEMixin:
         family = FAMILIES[self.config.model_type.removeprefix("dynamoe_")]
         return [family.nested(layer) for layer in decoder_layers(self)]
 
+    routed_mlps = nested_mlps
+
     def lay_out(self, *, columns: bool = True) -> None:
         """Order the memory of the MLPs so that every expert is one piece, or as in files; see `NestedMLP.lay_out`."""
         for module in self.modules():  # none yet while the dense family builds itself
@@ -96,54 +101,6 @@ class DynaMoEMixin:
                 module.remember(missing_only=True)
 
     # --- routing ----------------------------------------------------------------------------------------------------------------
-
-    def set_routing(self, mode: str | int = "router", *, shares: Any = None, seed: int = 0) -> None:
-        """Choose who decides a token's expert, in every layer, from the next forward on; in training the config's `train_route` decides.
-
-        Args:
-            mode: `"router"`; `"label"` (the oracle: the difficulty label itself, at the cost of the full MLP); `"full"` (the last expert:
-                the dense function); an expert's index; `"random"` (independent draws).
-            shares: for "random": a frame with columns layer, expert, share (a table `expert_usage`), or a tensor [L, E].
-            seed: for "random": draws are taken in the order of the tokens computed since this call, so they depend on the batches.
-
-        Raises:
-            ValueError: unknown mode, index out of range, shares missing or of the wrong shape.
-        """
-        experts = self.moe.num_experts
-        if isinstance(mode, bool) or not isinstance(mode, (str, int)):
-            raise ValueError(f"routing {mode!r}: give router, label, full, random, or an expert's index")
-        if isinstance(mode, int):
-            if not 0 <= mode < experts:
-                raise ValueError(f"routing {mode}: this model has experts 0 to {experts - 1}")
-            self._apply_routing("fixed", expert=mode)
-        elif mode in ("router", "label", "full"):
-            self._apply_routing(mode)
-        elif mode == "random":
-            table = self._share_table(shares)
-            generators = [torch.Generator().manual_seed(1_000_003 * seed + layer) for layer in range(len(table))]
-            self._apply_routing("random", shares=table, generators=generators)
-        else:
-            raise ValueError(f"routing {mode!r}: give router, label, full, random, or an expert's index from 0 to {experts - 1}")
-
-    def _apply_routing(self, mode: str, expert: int = 0, shares: Tensor | None = None, generators: list | None = None) -> None:
-        routing = self.routing  # one object that all layers hold: change it in place
-        routing.mode, routing.expert, routing.shares, routing.generators = mode, expert, shares, generators
-
-    def _share_table(self, shares: Any) -> Tensor:
-        layers, experts = len(self.nested_mlps()), self.moe.num_experts
-        if shares is None:
-            raise ValueError('routing "random" needs shares: a frame with columns layer, expert, share, or a tensor [layers, experts]')
-        if isinstance(shares, Tensor):
-            table = shares.detach().to("cpu", torch.float32)
-        else:
-            table = torch.zeros(layers, experts)
-            for layer, expert, share in zip(shares["layer"], shares["expert"], shares["share"], strict=True):
-                if not (0 <= int(layer) < layers and 0 <= int(expert) < experts):
-                    raise ValueError(f"shares: layer {layer}, expert {expert} is not in a model of {layers} layers and {experts} experts")
-                table[int(layer), int(expert)] += float(share)
-        if table.shape != (layers, experts) or not bool((table >= 0).all()) or not bool((table.sum(1) > 0).all()):
-            raise ValueError(f"shares: need non-negative shares for {layers} layers x {experts} experts with a positive sum in each layer")
-        return table
 
     def set_theta(self, theta: float) -> None:
         """Change the similarity threshold of the labels from the next forward on; a router's choice does not depend on it."""
@@ -238,17 +195,6 @@ class DynaMoEMixin:
         card = Path(save_directory) / "README.md"
         if not card.exists() or card.read_text(encoding="utf-8", errors="replace").startswith(CARD_HEAD):  # ours, of an earlier state
             card.write_text(model_card(type(self).__name__, self.config), encoding="utf-8")
-
-
-def token_mask(attention_mask: Tensor | Mapping | None, tokens: int) -> Tensor | None:
-    """Which of the N = B * T tokens of this forward are no pads, [N] bool, or None if all count.
-
-    A mask that also covers cached tokens ([B, past + T]) is cut to its last T columns; masks of other ranks say nothing about pads here.
-    """
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return None
-    length = tokens // attention_mask.shape[0]
-    return attention_mask[:, -length:].reshape(-1).bool()
 
 
 def _moe_model(model_type: str, family: Family) -> type[PreTrainedModel]:

@@ -10,7 +10,6 @@ never learns; the copy costs a second MLP wherever labels are computed.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +17,9 @@ from torch.nn import functional as F
 
 from .configuration_dynamoe import DynaMoEConfig
 from .families import Family
+from .routed import Routing
 
-__all__ = ["FrozenLinear", "NestedMLP", "Router", "Routing", "RoutingTrace", "labels_from_similarity", "nested_similarity"]
-
-
-@dataclass
-class Routing:
-    """How tokens are routed; one object shared by all layers of a model, changed by `model.set_routing`."""
-
-    mode: Literal["router", "label", "full", "fixed", "random"] = "router"
-    expert: int = 0  # of mode "fixed"
-    shares: Tensor | None = None  # [L, E], of mode "random"
-    generators: list[torch.Generator] | None = None  # one a layer, of mode "random"
-    collect: bool = False  # set by the model during a forward that returns routing
+__all__ = ["FrozenLinear", "NestedMLP", "Router", "RoutingTrace", "labels_from_similarity", "nested_similarity"]
 
 
 @dataclass
@@ -215,6 +204,17 @@ class NestedMLP(nn.Module):
         """Each block's share of the output, output bias aside: [N, H] -> E x [N, D]."""
         return [F.linear(hidden[:, lo:hi], weight[:, lo:hi]) for lo, hi in self.blocks]
 
+    def expert_params(self) -> list[int]:
+        """Parameters of each nested expert, router aside: rows of the input projections, columns of down, down's whole bias."""
+        inputs = [linear for linear in (self.gate, self.up) if linear is not None]
+        per_neuron = sum(linear.in_features + (linear.bias is not None) for linear in inputs) + self.down.out_features
+        shared = 0 if self.down.bias is None else self.down.bias.numel()
+        return [size * per_neuron + shared for size in self.sizes]
+
+    def full_params(self) -> int:
+        """Parameters that routing "full" uses: the dense MLP's."""
+        return self.expert_params()[-1]
+
     def expert_output(self, x: Tensor, expert: int) -> Tensor:
         """Output of one nested expert for every token: [..., D] -> [..., D], work proportional to the prefix."""
         size = self.sizes[expert]
@@ -237,8 +237,7 @@ class NestedMLP(nn.Module):
         if mode == "label":
             return labels
         if mode == "random":
-            shares, generator = self.routing.shares[self.layer], self.routing.generators[self.layer]
-            return torch.multinomial(shares, tokens, replacement=True, generator=generator).to(device)
+            return self.routing.draw(self.layer, tokens, device)
         return torch.full((tokens,), expert, dtype=torch.long, device=device)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -237,10 +237,8 @@ def _weights(cell: Cell, step: Callable[..., Any], inputs: Inputs) -> "PreTraine
 
 
 def _neuron_params(mlp: Any) -> int:
-    from dynamoe_lab.evaluation.cost import expert_params
-
     shared = 0 if mlp.down.bias is None else mlp.down.bias.numel()
-    return (expert_params(mlp)[-1] - shared) // mlp.sizes[-1]
+    return (mlp.full_params() - shared) // mlp.sizes[-1]
 
 
 def static_cut(cell: Cell) -> dict[str, Any] | None:
