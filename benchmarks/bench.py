@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from allocator import allocator
+from experts import tomoe_grown, tomoe_prefill
 from forwards import decode, grown, label_cost, prefill
 from machine import ROOT, describe
 from memory import eval_memory, train_memory
 from results import table, write
 from starting import load
-from training import train_rate
+from training import tomoe_train_rate, train_rate
 from transformers import PreTrainedModel
 
 import dynamoe_lab as lab
@@ -64,6 +65,11 @@ class Setup:
         return dense, lab.convert(dense, lab.DynaMoEConfig(), calibration=self.ids[:1])
 
     @cached_property
+    def masked(self) -> PreTrainedModel:
+        """The dense model as a masked ToMoE model, not yet trained: nearly everything is open."""
+        return lab.convert(self.models[0], lab.ToMoEConfig())
+
+    @cached_property
     def converted_folder(self) -> Path:
         """The converted model, saved with the tokenizer; not yet trained."""
         self.models[1].save_pretrained(self.folder / "converted")
@@ -81,10 +87,19 @@ MEASUREMENTS: dict[str, tuple[tuple[str, ...], Callable[[Setup], list[dict[str, 
     "decode": (("decode_realised",), lambda setup: decode(*setup.models, setup.pairs, ids=setup.long_ids)),
     "prefill of larger layers": (("prefill_realised",), lambda setup: grown(setup.pairs, "prefill")),
     "decode of larger layers": (("decode_realised",), lambda setup: grown(setup.pairs, "decode")),
+    "prefill of separate experts": (
+        ("tomoe_prefill_realised",),
+        lambda setup: tomoe_prefill(setup.models[0], setup.pairs, ids=setup.long_ids, run="SmolLM2-135M"),
+    ),
+    "prefill of larger separate experts": (("tomoe_prefill_realised",), lambda setup: tomoe_grown(setup.pairs)),
     "load": (("load",), lambda setup: load(setup.converted_folder)),
     "allocator": (("allocator",), lambda setup: allocator(MODEL, setup.ids_file, max(2, setup.few))),
     "memory of evaluation": (("eval_memory",), lambda setup: eval_memory(MODEL, setup.ids_file, setup.few)),
     "memory of training": (("train_memory",), lambda setup: train_memory(MODEL, setup.converted_folder, setup.ids_file, setup.few)),
+    "rate of ToMoE training": (
+        ("tomoe_train_rate",),
+        lambda setup: tomoe_train_rate(setup.models[0], setup.masked, setup.ids[:4], setup.folder, setup.pairs),
+    ),
     "rate of training": (("train_rate",), lambda setup: train_rate(*setup.models, setup.ids[:4], setup.folder, setup.pairs)),
 }
 NAMES = tuple(dict.fromkeys(name for names, _ in MEASUREMENTS.values() for name in names))

@@ -13,7 +13,18 @@ import pandas as pd
 
 from dynamoe_lab.workbench.files import write_json
 
-__all__ = ["COLUMNS", "GOALS", "GOALS_OF_LARGE_LAYERS", "latency_results", "mixing_results", "reached", "result", "table", "write"]
+__all__ = [
+    "COLUMNS",
+    "GOALS",
+    "GOALS_OF_LARGE_LAYERS",
+    "expert_results",
+    "latency_results",
+    "mixing_results",
+    "reached",
+    "result",
+    "table",
+    "write",
+]
 
 COLUMNS = ("name", "setting", "value", "low", "high", "n", "goal", "reached", "unit")
 GOALS = {
@@ -22,7 +33,9 @@ GOALS = {
     "decode_realised": ">= 0.75",
     "end_to_end": ">= 0.90",
     "random_mixing": ">= 0.95",
+    "tomoe_prefill_realised": ">= 0.80",
     "train_rate": ">= 0.90",
+    "tomoe_train_rate": ">= 0.50",
     "train_memory": "<= 1.20",
     "eval_memory": "<= 1.05",
     "load": "< 2",
@@ -87,6 +100,16 @@ def latency_results(ratios: pd.DataFrame, *, whole_model: bool) -> list[dict[str
 def _measured(row: pd.Series, name: str, column: str, goal: str | None) -> dict[str, Any]:
     values = (float(row[column + suffix]) for suffix in ("", "_low", "_high"))
     return _row(name, _setting(row), *values, int(row["n"]), goal)
+
+
+def expert_results(ratios: pd.DataFrame, experts: int) -> list[dict[str, Any]]:
+    """`tomoe_prefill_realised` of every row of `lab.latency_ratios` whose tokens are spread over so many separate experts."""
+    found = []
+    for _, row in ratios[ratios["routing"] == "mixed"].iterrows():
+        values = (float(row[column]) for column in ("realised", "realised_low", "realised_high"))
+        setting = f"{row['run']}, {row['tokens']:,} tokens over {experts} experts of {_active(row['active_mlp_fraction']):.0%}"
+        found.append(_row("tomoe_prefill_realised", setting, *values, int(row["n"]), GOALS["tomoe_prefill_realised"]))
+    return found
 
 
 def mixing_results(latency: pd.DataFrame) -> list[dict[str, Any]]:

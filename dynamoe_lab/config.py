@@ -9,14 +9,29 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import SchedulerType
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models.configuration_dynamoe import DynaMoEConfig
+from dynamoe_lab.models.configuration_tomoe import ToMoEConfig
 
-__all__ = ["DataConfig", "EvaluateConfig", "Experiment", "TrainConfig", "load_experiment", "profiles", "project_root"]
+__all__ = [
+    "METHODS",
+    "DataConfig",
+    "EvaluateConfig",
+    "Experiment",
+    "ToMoETrainConfig",
+    "TrainConfig",
+    "TrainSettings",
+    "load_experiment",
+    "profiles",
+    "project_root",
+    "unread_section",
+]
+
+METHODS = {"dynamoe": ("dynamoe", "train"), "tomoe": ("tomoe", "tomoe_train")}  # method -> its sections of an experiment
 
 
 def _at_least(section: str, values: Any, **minimum: float) -> None:
@@ -45,31 +60,63 @@ class DataConfig:
 
 
 @dataclass
-class TrainConfig:
-    """Router training with `transformers.Trainer`; attention, embeddings, norms and head stay frozen (arXiv 2502.12325)."""
+class TrainSettings:
+    """Training with `transformers.Trainer`, whatever the method; a subclass a method adds its rates and sets its own defaults."""
 
+    section: ClassVar[str] = "train"  # its name in an experiment
     steps: int = 100  # optimizer steps; 0: the model stays as it was converted
     batch_size: int = 4  # blocks per forward pass and device
     accumulation: int = 1  # forward passes per optimizer step
-    mlp_lr: float = 2e-4  # AdamW peak learning rate of the MLP weights
-    router_lr: float = 3e-3  # AdamW peak learning rate of the routers [D]; see LOG.md for 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 10
     schedule: str = "cosine"  # a transformers scheduler name
     max_grad_norm: float = 1.0
     save_steps: int = 25  # a killed run loses at most this many steps
     log_steps: int = 10  # a progress line every so many steps; the frame has a row for every step
-    divergence: float = 1.0  # stop when the mean LM loss of 10 steps is this many nats above the lowest such mean; 0: never
+    eval_steps: int = 0  # measure on held-out text every so many steps and after the last; 0: only after the last, if there is any text
+    eval_blocks: int = 0  # the first so many held-out blocks, of which domains take turns; 0: all
+    divergence: float = 0.0  # stop when the mean LM loss of 10 steps is this many nats above the lowest such mean; 0: never
     seed: int = 0
     gradient_checkpointing: bool = False
     report_to: list[str] = field(default_factory=list)  # Trainer's trackers by name: tensorboard, wandb, trackio, mlflow
 
     def __post_init__(self) -> None:
-        _at_least("train", self, steps=0, batch_size=1, accumulation=1, mlp_lr=0, router_lr=0, weight_decay=0, warmup_steps=0)
-        _at_least("train", self, max_grad_norm=0, save_steps=1, log_steps=1, divergence=0)
+        _at_least(self.section, self, steps=0, batch_size=1, accumulation=1, weight_decay=0, warmup_steps=0, max_grad_norm=0)
+        _at_least(self.section, self, save_steps=1, log_steps=1, eval_steps=0, eval_blocks=0, divergence=0)
         schedules = [kind.value for kind in SchedulerType]
         if self.schedule not in schedules:
-            raise InputError(f"train.schedule = {self.schedule!r}: choose one of {', '.join(schedules)}")
+            raise InputError(f"{self.section}.schedule = {self.schedule!r}: choose one of {', '.join(schedules)}")
+
+
+@dataclass
+class TrainConfig(TrainSettings):
+    """Training of DynaMoE: MLPs and routers; attention, embeddings, norms and head stay frozen (arXiv 2502.12325)."""
+
+    mlp_lr: float = 2e-4  # AdamW peak learning rate of the MLP weights
+    router_lr: float = 3e-3  # AdamW peak learning rate of the routers [D]; see LOG.md for 1e-3
+    divergence: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self.section, self, mlp_lr=0, router_lr=0)
+
+
+@dataclass
+class ToMoETrainConfig(TrainSettings):
+    """Training of ToMoE: hypernetwork, routers and mask decoders; no weight of the dense model learns (arXiv 2501.15316).
+
+    The LM loss rises while parts of the model are closed, so no `divergence` is set: only numbers that are none stop it.
+    """
+
+    section: ClassVar[str] = "tomoe_train"
+    lr: float = 1e-3  # AdamW learning rate of all that learns
+    weight_decay: float = 0.05
+    warmup_steps: int = 0
+    schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self.section, self, lr=0)
 
 
 @dataclass
@@ -96,14 +143,34 @@ class Experiment:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     threads: int | None = None  # torch threads; null: what torch chooses
-    seed: int = 0  # of the order of documents and of the global generators; train.seed and dynamoe.*_seed are their own
+    seed: int = 0  # of the order of documents and of the global generators; a method's and its training's are their own
+    method: Literal["dynamoe", "tomoe"] = "dynamoe"  # which of the methods below a sweep's cell, `convert` and `train` apply
     data: DataConfig = field(default_factory=DataConfig)
     dynamoe: DynaMoEConfig = field(default_factory=DynaMoEConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tomoe: ToMoEConfig = field(default_factory=ToMoEConfig)
+    tomoe_train: ToMoETrainConfig = field(default_factory=ToMoETrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
         _at_least("experiment", self, threads=1)
+
+    @property
+    def method_config(self) -> DynaMoEConfig | ToMoEConfig:
+        """The settings of the experiment's method."""
+        return getattr(self, METHODS[self.method][0])
+
+    @property
+    def train_config(self) -> TrainSettings:
+        """The training settings of the experiment's method."""
+        return getattr(self, METHODS[self.method][1])
+
+
+def unread_section(name: str, method: str) -> str | None:
+    """The section of a dotted field that an experiment of this method does not read, as it belongs to another; else None."""
+    section = name.partition(".")[0]
+    others = {other for key, sections in METHODS.items() if key != method for other in sections}
+    return section if section in others else None
 
 
 def project_root() -> Path:

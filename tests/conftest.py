@@ -87,6 +87,16 @@ def make_converted(family: str = "llama", experts=(0.25, 0.5, 0.75, 1.0), theta:
     return convert(make_dense(family) if dense is None else dense, config, calibration=make_blocks(seed=7))
 
 
+def make_tomoe(family: str = "llama", *, dense=None, **changes):
+    """A masked pico model in eval mode, fresh: nearly everything open; attention is left whole where a family's heads cannot be pruned."""
+    from dynamoe_lab.conversion import convert
+    from dynamoe_lab.models import FAMILIES, ToMoEConfig
+
+    attention = "none" if FAMILIES[family].whole_heads else "hybrid"
+    values = {"num_experts": 4, "embedding_size": 16, "noise_size": 8, "attention": attention, **changes}
+    return convert(make_dense(family) if dense is None else dense, ToMoEConfig(**values))
+
+
 def interrupt(process):
     """Ctrl-C, again if need be, as a person does: an interrupt that lands in a callback of the event loop is lost. -> stdout, stderr"""
     for _ in range(4):

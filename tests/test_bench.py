@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_blocks, make_converted, make_dense
+from conftest import make_blocks, make_converted, make_dense, make_tomoe
 
 from dynamoe_lab.analysis import latency_ratios
 
@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other by
 
 import bench  # noqa: E402
 import children  # noqa: E402
+import experts  # noqa: E402
 import forwards  # noqa: E402
 import machine  # noqa: E402
 import memory  # noqa: E402
@@ -84,7 +85,9 @@ def test_goals_are_those_of_the_design():
     assert set(results.GOALS) <= set(bench.NAMES)
     assert results.GOALS["label_cost"] == "<= 1.10"
     assert {results.GOALS[name] for name in ("prefill_realised", "end_to_end", "train_rate")} == {">= 0.90"}
+    assert results.GOALS["tomoe_train_rate"] == ">= 0.50"
     assert results.GOALS["random_mixing"] == ">= 0.95"
+    assert results.GOALS["tomoe_prefill_realised"] == ">= 0.80"
     assert results.GOALS_OF_LARGE_LAYERS == {"prefill_realised": ">= 0.93", "decode_realised": ">= 0.85"}
     assert (results.GOAL_OF_A_QUARTER, results.GOALS["decode_realised"], results.GOALS["load"]) == (">= 0.85", ">= 0.75", "< 2")
 
@@ -243,6 +246,23 @@ def test_forwards_measure_every_setting(monkeypatch):
     assert len(set(names)) == len(names)
 
 
+@torch.no_grad()
+def test_separate_experts_have_half_of_the_neurons_each():
+    dense, ids = make_dense(), make_blocks(8, 24).ids
+    model = experts.half_experts(dense)
+    assert all(mlp.membership.sum(1).tolist() == [48] * 8 for mlp in model.routed_mlps())
+    assert len({tuple(row.tolist()) for row in model.routed_mlps()[0].membership}) == 8
+    model.set_routing("full")
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
+    rows = [*experts.tomoe_prefill(dense, 2, ids=ids, tokens=24, run="pico"), *experts.tomoe_grown(2, 64, 96, tokens=24)]
+    assert [row["name"] for row in rows] == ["tomoe_prefill_realised"] * 2
+    assert [row["setting"].partition(", 24")[0] for row in rows] == ["pico", "D = 64, H = 96"]
+    assert rows[0]["setting"].endswith(", 24 tokens over 8 experts of 50%")
+    assert {(row["n"], row["goal"]) for row in rows} == {(2, ">= 0.80")}
+    (made_up,) = results.expert_results(latency_ratios(latency_frame()), 8)
+    assert made_up["value"] == pytest.approx(0.8 * 0.547 / 0.55)
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_both_trainings_step_the_same_weights(family, tmp_path):
     """After a step: every MLP projection has moved in both, routers in one, nothing else in either."""
@@ -256,10 +276,25 @@ def test_both_trainings_step_the_same_weights(family, tmp_path):
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_step_of_tomoe_leaves_the_dense_weights(tmp_path):
+    ids, model = make_blocks(4, 24).ids, make_tomoe(mask_offset=0.2)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    training.OneStep(training.make_trainer(model, ids, tmp_path, steps=2), ids)()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved
+    assert not moved & set(make_dense().state_dict())
+
+
 def test_one_step_is_the_trainers_own(tmp_path):
     """The same weights as `transformers.Trainer` gives after two steps on the same batch."""
     ids, schedule = make_blocks(4, 24).ids, {"steps": 2}
-    for make in (make_dense, make_converted):
+
+    def make_quiet():
+        model = make_tomoe(mask_offset=0.2)
+        model.noise.gumbel = lambda shape, device: torch.zeros(shape, device=device)  # drawn in the order of the tokens, which differs
+        return model
+
+    for make in (make_dense, make_converted, make_quiet):
         ours, theirs = make(), make()
         step = training.OneStep(training.make_trainer(ours, ids, tmp_path / "a", **schedule), ids)
         step()
@@ -283,8 +318,16 @@ def test_train_rate_counts_tokens(tmp_path, monkeypatch):
     ratio, rate = training.train_rate(make_dense(), make_converted(), make_blocks(4, 25).ids, tmp_path, 2)
     assert order[2:] == ["DynaMoETrainer", "FineTuning", "FineTuning", "DynaMoETrainer"], "who goes first alternates"
     assert ratio["value"] == pytest.approx(np.median([5 / 4, 2 / 2]))
+    assert (ratio["name"], ratio["goal"]) == ("train_rate", ">= 0.90")
     assert rate["value"] == pytest.approx(np.median([100 / 4, 100 / 2]))
     assert rate["unit"] == "tokens/s"
+
+
+def test_tomoe_train_rate_is_told_apart(tmp_path):
+    ratio, rate = training.tomoe_train_rate(make_dense(), make_tomoe(), make_blocks(4, 24).ids, tmp_path, 2)
+    assert (ratio["name"], ratio["n"], ratio["goal"]) == ("tomoe_train_rate", 2, ">= 0.50")
+    assert ratio["setting"] == "ToMoE training over fine-tuning, batch of 4 x 24, AdamW steps"
+    assert (rate["name"], rate["unit"]) == ("tomoe_train_rate", "tokens/s")
 
 
 def test_memory_and_load_are_ratios_of_what_children_say(monkeypatch, tmp_path):

@@ -306,3 +306,155 @@ def test_nothing_is_loaded_where_nothing_is_to_be_timed(cell):
     assert time_cells([cell], step=None, pairs=0) == [{}]
     labels = replace(cell, losses={"label": cell.losses["label"]})
     assert time_cells([labels], step=None) == [{}]
+
+
+# --- ToMoE -------------------------------------------------------------------------------------------------------------------------
+
+PRUNED = ["method=tomoe", "tomoe.mask_offset=0.1", "tomoe_train.steps=3", "tomoe_train.lr=1e-2", "data.heldout_tokens=1024"]
+TOMOE_MODES = ("router", "full", "random", 1)
+
+
+@pytest.fixture(scope="module")
+def pruned(stepping):
+    """A cell of ToMoE whose masks are about half closed from the beginning; and what its steps were."""
+    step, asked = stepping
+    asked.clear()
+    cell = run_cell(lab.load_experiment("smoke", PRUNED), modes=TOMOE_MODES, step=step)
+    return cell, list(asked)
+
+
+def test_tomoe_is_trained_and_its_deployed_form_measured(pruned, stepping):
+    """The calls of a notebook, word for word, and no other: nothing is calibrated; full and single experts are no routing to trace."""
+    cell, asked = pruned
+    measured = ["document_losses", "trace_routing", "document_losses", "trace_routing", "document_losses", "document_divergences"]
+    assert [name for name, _ in asked] == ["train", *measured]
+    step, _ = stepping
+    experiment, data = cell.experiment, cell.experiment.data
+    dense, tokenizer = lab.load_model(experiment.model)
+    common = {"context": data.context, "seed": experiment.seed}
+    train_blocks = lab.load_blocks(data.train, tokenizer, tokens=data.train_tokens, split="train", **common)
+    heldout = lab.load_blocks(data.heldout, tokenizer, tokens=data.heldout_tokens, split="heldout", **common)
+    stepping[1].clear()
+    model = lab.convert(dense, experiment.tomoe)
+    steps, folder = step(lab.train, model, train_blocks, experiment.tomoe_train, tokenizer=tokenizer, heldout=heldout)
+    masked, _ = lab.load_model(folder / "checkpoint")
+    deployed = lab.export(masked)
+    routing = step(lab.trace_routing, deployed, heldout, batch_size=experiment.evaluate.batch_size, run="router")
+    assert stepping[1] == [("train", True), ("trace_routing", True)]
+    pd.testing.assert_frame_equal(cell.steps, steps)
+    pd.testing.assert_frame_equal(cell.traces["router"], routing)
+    pd.testing.assert_frame_equal(cell.masks, lab.expert_masks(masked))
+    pd.testing.assert_frame_equal(cell.fractions, lab.expert_fractions(deployed))
+    assert cell.checkpoint == folder / "checkpoint"
+    assert cell.train_tokens == 3 * experiment.tomoe_train.batch_size * data.context
+    assert cell.union_coverage == pytest.approx(cell.masks.groupby("layer")["neuron"].nunique().mean() / 256)
+    assert 0 < cell.union_coverage < 1
+    assert (cell.neurons, cell.dense_params) == (256, dense.num_parameters())
+
+
+def test_modes_of_tomoe_are_what_they_say(pruned):
+    cell, _ = pruned
+    assert set(cell.traces) == {"router", "random"}
+    assert list(cell.losses) == list(cell.active) == list(TOMOE_MODES)
+    widths = cell.fractions.set_index(["layer", "expert"])["fraction"]
+    for mode in ("router", "random"):
+        trace = cell.traces[mode]
+        share = widths.loc[pd.MultiIndex.from_frame(trace[["layer", "expert"]])].mean()
+        assert cell.active[mode]["active_mlp_fraction"] == pytest.approx(share, rel=1e-6)
+        weights = cell.losses[mode]["positions"]
+        assert np.average(cell.losses[mode]["active_mlp_fraction"], weights=weights) == pytest.approx(share, rel=1e-6)
+    assert cell.active["full"]["active_mlp_fraction"] == pytest.approx(cell.union_coverage), "all neurons that some expert has"
+    assert cell.active[1]["active_mlp_fraction"] == pytest.approx(widths.xs(1, level="expert").mean())
+    masked, tokenizer = lab.load_model(cell.checkpoint)
+    data, batch = cell.experiment.data, cell.experiment.evaluate.batch_size
+    heldout = lab.load_blocks(data.heldout, tokenizer, context=data.context, tokens=data.heldout_tokens, split="heldout", seed=0)
+    for mode in ("router", 1):  # the masked form is the same function
+        masked.set_routing(mode)
+        expected = lab.document_losses(masked, heldout, batch_size=batch).set_index("document")
+        found = cell.losses[mode].set_index("document")
+        np.testing.assert_allclose(found["nll"], expected["nll"].loc[found.index], rtol=1e-4)
+    masked.set_routing("router")
+    pd.testing.assert_frame_equal(cell.divergences, lab.document_divergences(masked, heldout, batch_size=batch), rtol=1e-3)
+
+
+def test_rows_of_tomoe_hold_what_its_masks_leave(pruned):
+    from dynamoe_lab.workbench.sweep_table import _measured
+
+    cell, _ = pruned
+    rows = pd.DataFrame(_measured(cell)).set_index(["mode", "metric"])
+    both = ["perplexity_ratio", "active_mlp_fraction"]
+    metrics = rows.reset_index().groupby("mode", sort=False)["metric"].agg(list).to_dict()
+    own = ["heldout_kl", "active_params_fraction", "union_coverage"]
+    assert metrics == {"router": both + own, "full": both, "random": both, "1": both}, "no labels, so no router accuracy"
+    kl = rows.loc[("router", "heldout_kl")]
+    assert kl["value"] == pytest.approx(cell.divergences["kl"].sum() / cell.divergences["tokens"].sum())
+    assert kl["low"] < kl["value"] < kl["high"]
+    assert (rows.loc[("router", "union_coverage"), ["value", "low", "high"]] == cell.union_coverage).all(), "known without a sample"
+    share = rows.loc[("router", "active_params_fraction")]
+    assert share["value"] == pytest.approx(share["active_params"] / cell.dense_params)
+    assert share["low"] < share["value"] < share["high"] < 1
+
+
+def test_a_second_time_nothing_of_tomoe_is_computed(pruned, stepping):
+    step, asked = stepping
+    asked.clear()
+    again = run_cell(pruned[0].experiment, modes=TOMOE_MODES, step=step)
+    assert len(asked) == len(pruned[1])
+    assert all(cached for _, cached in asked)
+    for mode in TOMOE_MODES:
+        pd.testing.assert_frame_equal(again.losses[mode], pruned[0].losses[mode])
+
+
+def test_untrained_tomoe_is_nearly_the_dense_model(stepping):
+    step, asked = stepping
+    asked.clear()
+    experiment = lab.load_experiment("smoke", ["method=tomoe", "tomoe_train.steps=0", "data.heldout_tokens=512"])
+    cell = run_cell(experiment, modes=("router",), step=step)
+    assert (cell.steps, cell.checkpoint, cell.train_tokens) == (None, None, 0)
+    assert [name for name, _ in asked] == ["document_losses", "trace_routing", "document_divergences"]
+    merged = cell.losses["router"].merge(cell.reference, on="document", suffixes=("", "_dense"))
+    np.testing.assert_allclose(merged["nll"], merged["nll_dense"], rtol=1e-3)
+
+
+def test_where_no_steps_are_to_be_measured_training_reads_no_heldout_text(pruned, stepping):
+    """So that models of one training may be measured on several texts."""
+    step, asked = stepping
+    cells, blind = [], [*PRUNED, "tomoe_train.eval_steps=0"]
+    asked.clear()
+    for text in ("c4", "wiki"):
+        cells.append(run_cell(lab.load_experiment("smoke", [*blind, f"data.heldout={text}"]), modes=("router",), step=step))
+    assert [cached for name, cached in asked if name == "train"] == [False, True]
+    assert cells[0].steps["heldout_kl"].isna().all()
+    assert set(cells[0].losses["router"]["domain"]) == {"c4"}
+    assert set(cells[1].losses["router"]["domain"]) == {"wiki"}
+    untouched = ["seconds", "heldout_kl"]
+    pd.testing.assert_frame_equal(cells[0].steps.drop(columns=untouched), pruned[0].steps.drop(columns=untouched))
+
+
+def test_a_label_is_refused_with_the_reason(stepping):
+    experiment = lab.load_experiment("smoke", PRUNED)
+    with pytest.raises(InputError, match=r"mode 'label': ToMoE has no difficulty labels"):
+        run_cell(experiment, modes=("router", "label"), step=None)
+    with pytest.raises(InputError, match=r"mode 4: give router, full, random, or an expert's index from 0 to 3"):
+        run_cell(experiment, modes=(4,), step=None)
+
+
+def test_the_deployed_model_is_timed(pruned, stepping):
+    step, asked = stepping
+    asked.clear()
+    (times,) = time_cells([pruned[0]], step=step, pairs=1)
+    assert asked == [("measure_latency", False)]
+    assert set(times) == {"router", "full", 1}, "random draws stand for the router's own work"
+    assert times["full"]["active_mlp_fraction"] == pytest.approx(pruned[0].union_coverage)
+
+
+def test_the_static_cut_of_a_tomoe_cell_saves_in_mlps_what_it_saves_everywhere(pruned, stepping):
+    cell, _ = pruned
+    settings = static_cut(cell)
+    training = {"train.steps": 3, "train.batch_size": 4, "train.accumulation": 1, "train.seed": 0}
+    control = {"dynamoe.train_route": 0, "dynamoe.lambda_router": 0.0}
+    assert settings == {"method": "dynamoe", **training, "dynamoe.experts": settings["dynamoe.experts"], **control}
+    fields = [f"{name}={value}" for name, value in settings.items()]
+    cut = run_cell(lab.load_experiment("smoke", [*SMALL, *fields, "train.steps=0"]), modes=("router",), step=stepping[0])
+    routed = cell.active["router"]["active_params"]
+    assert 0.998 * routed < cut.active["router"]["active_params"] <= routed

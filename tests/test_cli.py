@@ -32,7 +32,8 @@ def test_help_comes_at_once():
         seconds.append(time.perf_counter() - began)
     assert done.returncode == 0
     assert all(
-        word in done.stdout for word in ("run", "sweep", "convert", "train", "eval", "compare", "ls", "show", "report", "doctor", "--debug")
+        word in done.stdout
+        for word in ("run", "sweep", "convert", "train", "export", "eval", "compare", "ls", "show", "report", "doctor", "--debug")
     )
     assert min(seconds) < 0.5
 
@@ -68,6 +69,18 @@ def test_help_imports_nothing_heavy():
         (["convert", "smollm2-135n", "--output", "new"], "did you mean smollm2-135m"),
         (["train", "smollm2-135m", "--output", "notebooks"], "no run to go on with"),
         (["train", "smollm2-135m", "--output", "new", "-p", "train.steps=0"], "nothing to train"),
+        (["convert", "smollm2-135m", "--output", "new", "-p", "tomoe.p=0.4"], "method dynamoe does not read tomoe.*"),
+        (
+            ["convert", "smollm2-135m", "--output", "new", "-p", "method=tomoe", "-p", "dynamoe.theta=0.8"],
+            "method tomoe does not read dynamoe.*; its own settings are tomoe.*",
+        ),
+        (
+            ["train", "smollm2-135m", "--output", "new", "-p", "method=tomoe", "-p", "train.steps=9"],
+            "method tomoe does not read train.*; give -p tomoe_train.steps=9",
+        ),
+        (["train", "smollm2-135m", "--output", "new", "-p", "method=tomoe", "-p", "tomoe_train.steps=0"], "give -p tomoe_train.steps=40"),
+        (["export", "somewhere", "--output", "notebooks"], "not an empty folder"),
+        (["export", "smollm2-135n", "--output", "new"], "did you mean smollm2-135m"),
         (["ls"], "no runs below reports"),
         (["ls", "--steps"], "no steps in $DYNAMOE_LAB_HOME"),
         (["show", "quick/04"], "no run 'quick/04'"),
@@ -214,6 +227,80 @@ def test_convert_and_train_from_a_shell(home, project, monkeypatch):
     assert call("train", "smollm2-pico", "--output", "direct", *few, *short, "-p", "dynamoe.theta=0.8").exit_code == 0
     direct, trained = (lab.load_model(f"{folder}/checkpoint")[0].state_dict() for folder in ("direct", "runs/trained"))
     assert all(torch.equal(direct[name], tensor) for name, tensor in trained.items())
+
+
+@pytest.mark.assets
+def test_tomoe_from_a_shell(home, project, monkeypatch):
+    """Dense -> masked -> trained -> deployed; the folders load, the last computes what the one before does, with fewer parameters."""
+    import pandas as pd
+    import torch
+
+    import dynamoe_lab as lab
+
+    monkeypatch.setenv("DYNAMOE_LAB_HOME", str(home))
+    profile, method = ["--profile", "smoke"], ["-p", "method=tomoe", "-p", "tomoe.mask_offset=0.1"]
+    short = ["-p", "tomoe_train.steps=2", "-p", "tomoe_train.lr=0.01", "-p", "data.heldout_tokens=512"]
+    done = call("convert", "smollm2-pico", "--output", "masked", *profile, *method)
+    assert done.exit_code == 0, done.output
+    assert "4 experts, on average " in done.stdout
+    assert json.loads((project / "masked" / "dynamoe_lab.json").read_text())["method"] == "tomoe"
+
+    done = call("train", "masked", "--output", "trained", *profile, *short)  # the checkpoint knows its method
+    assert done.exit_code == 0, done.output
+    assert "union coverage" in done.stdout
+    assert "in the last step" in done.stdout
+    steps = pd.read_csv("trained/steps.csv")
+    assert steps["step"].tolist() == [1, 2]
+    assert steps["heldout_kl"].notna().tolist() == [False, True], "the profile's eval_steps"
+    settings = json.loads((project / "trained" / "dynamoe_lab.json").read_text())
+    assert (settings["method"], settings["tomoe"]["mask_offset"], settings["tomoe_train"]["steps"]) == ("tomoe", 0.1, 2)
+    for pair, message in (
+        ("train.steps=3", "method tomoe does not read train.*; give -p tomoe_train.steps=3"),
+        ("tomoe.p=0.3", "converted already and keeps its settings"),
+        ("method=dynamoe", "converted already and keeps its settings"),
+    ):
+        refused = call("train", "masked", "--output", "other", *profile, "-p", pair)
+        assert (refused.exit_code, message in refused.stderr) == (2, True), refused.output
+    assert call("train", "smollm2-pico", "--output", "direct", *profile, *method, *short).exit_code == 0
+    direct, trained = (lab.load_model(f"{folder}/checkpoint")[0] for folder in ("direct", "trained"))
+    assert all(torch.equal(direct.state_dict()[name], tensor) for name, tensor in trained.state_dict().items())
+
+    done = call("export", "trained/checkpoint", "--output", "deployed")
+    assert done.exit_code == 0, done.output
+    assert "exported: deployed" in done.stdout
+    assert not list(project.glob(".deployed*"))
+    deployed, tokenizer = lab.load_model("deployed")
+    assert deployed.num_parameters() < trained.num_parameters()
+    ids = torch.tensor([tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(ids).logits, trained(ids).logits, atol=1e-4, rtol=1e-4)
+    assert "not an empty folder" in call("export", "trained/checkpoint", "--output", "deployed").stderr
+    again = call("export", "deployed", "--output", "twice")
+    assert (again.exit_code, "is deployed already" in again.stderr) == (2, True)
+    refused = call("train", "deployed", "--output", "more", *profile, *short)
+    assert (refused.exit_code, "its masks are fixed" in refused.stderr) == (2, True), refused.output
+    unknown = call("export", "trained/checkpoint", "--output", "twice", "--form", "gguf")
+    assert (unknown.exit_code, "choose one of tomoe, mixtral" in unknown.stderr) == (2, True)
+
+
+@pytest.mark.assets
+def test_a_stock_mixtral_from_a_shell(home, project, monkeypatch):
+    import torch
+    from transformers import MixtralForCausalLM
+
+    import dynamoe_lab as lab
+
+    monkeypatch.setenv("DYNAMOE_LAB_HOME", str(home))
+    whole = ["-p", "method=tomoe", "-p", "tomoe.attention=none", "-p", "tomoe.mask_offset=0.1"]
+    assert call("convert", "smollm2-pico", "--output", "masked", "--profile", "smoke", *whole).exit_code == 0
+    done = call("export", "masked", "--output", "mixtral", "--form", "mixtral")
+    assert done.exit_code == 0, done.output
+    assert "4 experts of " in done.stdout
+    masked, tokenizer = lab.load_model("masked")
+    stock = MixtralForCausalLM.from_pretrained("mixtral").eval()
+    ids = torch.tensor([tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, masked(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_unknown_options_and_commands_are_exit_code_2():

@@ -1,8 +1,10 @@
 """Profiles and overrides: what is merged, and what a mistake is answered with."""
 
+import re
+
 import pytest
 
-from dynamoe_lab.config import Experiment, field_names, load_experiment, profiles
+from dynamoe_lab.config import Experiment, ToMoETrainConfig, TrainConfig, field_names, load_experiment, profiles, unread_section
 from dynamoe_lab.errors import InputError
 
 
@@ -26,6 +28,37 @@ def test_names():
     assert {"dynamoe.theta", "train.steps", "model", "data.context"} <= set(field_names())
 
 
+def test_the_method_says_which_sections_count():
+    dense = load_experiment("smoke")
+    assert dense.method == "dynamoe"
+    assert (dense.method_config, dense.train_config) == (dense.dynamoe, dense.train)
+    pruned = load_experiment("smoke", ["method=tomoe", "tomoe.p=0.4", "tomoe_train.lr=1e-2"])
+    assert (pruned.method_config, pruned.train_config) == (pruned.tomoe, pruned.tomoe_train)
+    assert (pruned.method_config.p, pruned.method_config.num_experts, pruned.train_config.lr) == (0.4, 4, 0.01)
+    assert type(pruned.train_config) is ToMoETrainConfig
+    assert type(dense.train_config) is TrainConfig
+    for names, method, section in (
+        (("dynamoe.theta", "train.seed"), "tomoe", ("dynamoe", "train")),
+        (("tomoe.p", "tomoe_train.lr"), "dynamoe", ("tomoe", "tomoe_train")),
+    ):
+        assert tuple(unread_section(name, method) for name in names) == section
+    for name in ("seed", "method", "data.train", "tomoe.p", "tomoe_train.lr"):
+        assert unread_section(name, "tomoe") is None
+
+
+def test_training_is_the_papers_unless_it_is_told():
+    """arXiv 2501.15316: AdamW, 1e-3, weight decay 0.05, no schedule; the LM loss is not watched, for it rises while parts close."""
+    config = ToMoETrainConfig()
+    assert (config.lr, config.weight_decay, config.warmup_steps, config.schedule, config.divergence) == (1e-3, 0.05, 0, "constant", 0.0)
+    assert TrainConfig().divergence == 1.0
+
+
+def test_the_quick_profile_trains_both_methods_on_as_many_tokens():
+    quick = load_experiment("quick")
+    tokens = {config.steps * config.batch_size * config.accumulation * quick.data.context for config in (quick.train, quick.tomoe_train)}
+    assert tokens == {7680}
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -42,6 +75,14 @@ def test_names():
         ("data.context=1", "data.context = 1"),
         ("evaluate.confidence=95", "between 0 and 1"),
         ("threads=0", "threads = 0"),
+        ("method=flextron", "expected one of.*tomoe"),
+        ("tomoe.p=0", r"tomoe.p = 0.0"),
+        ("tomoe.attention=some", "expected one of.*hybrid"),
+        ("tomoe.expert=4", "did you mean tomoe.num_experts"),
+        ("tomoe_train.mlp_lr=1", "mlp_lr"),
+        ("tomoe_train.lr=-1", "tomoe_train.lr = -1.*at least 0"),
+        ("tomoe_train.eval_steps=-1", "tomoe_train.eval_steps = -1"),
+        ("tomoe_train.schedule=cosin", "tomoe_train.schedule = 'cosin'"),
         ("train=3", "train"),
         ("nonsense", "key=value"),
         ("data.train=[unclosed", "YAML"),
@@ -74,9 +115,11 @@ def test_every_field_is_read_somewhere():
     from pathlib import Path
 
     root = Path(__file__).parents[1]
-    code = [path.read_text() for path in (root / "dynamoe_lab").rglob("*.py") if path.name not in ("config.py", "configuration_dynamoe.py")]
+    schemas = {"config.py", "configuration_dynamoe.py", "configuration_tomoe.py"}
+    code = [path.read_text() for path in (root / "dynamoe_lab").rglob("*.py") if path.name not in schemas]
     code += [path.read_text() for path in (root / "notebooks").glob("*.ipynb")]
     own = (root / "dynamoe_lab" / "models" / "configuration_dynamoe.py").read_text()
     for name in field_names():
         last = name.rsplit(".", 1)[-1]
-        assert any(f".{last}" in text for text in code) or (f"self.{last}" in own and name.startswith("dynamoe.")), f"nothing reads {name}"
+        read = any(re.search(rf"\.{last}\b", text) for text in code)
+        assert read or (f"self.{last}" in own and name.startswith("dynamoe.")), f"nothing reads {name}"

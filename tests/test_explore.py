@@ -4,6 +4,7 @@ import re
 
 import pytest
 from conftest import make_converted
+from deployed_models import make_deployed, make_masked
 
 from dynamoe_lab.analysis.tokens import render_tokens
 from dynamoe_lab.errors import InputError
@@ -83,6 +84,18 @@ def test_continuation_is_greedy_and_repeatable(tokenizer):
         continue_text(model, tokenizer, "some words", new_tokens=1000)
     with pytest.raises(InputError, match="empty"):
         continue_text(model, tokenizer, "", new_tokens=5)
+
+
+@pytest.mark.parametrize("make", [make_masked, make_deployed])
+def test_the_box_answers_for_experts_of_any_width(tokenizer, make):
+    model = make()
+    widget = explorer(model, tokenizer, text="hello")
+    _, buttons, shown = widget.children
+    assert "5 tokens" in shown.value
+    assert "the label in" not in shown.value
+    model.set_routing("full")
+    buttons.children[0].click()
+    assert "uses no expert" in shown.value
 
 
 def test_the_box_answers(tokenizer):

@@ -24,6 +24,7 @@ FIGURES = {
     "07_collapse": ("collapse", "collapse_entropy", "collapse_training"),
     "08_benchmarks": ("benchmarks", "benchmark_deltas", "relative_to_base"),
     "09_latency": ("latency", "realised_vs_ideal", "time_parts", "cost_growth"),
+    "12_tomoe": ("tomoe_training", "tomoe_usage", "tomoe_union", "tomoe_specialisation"),
     "20_ablation": ("ablation",),
 }
 COLUMNS = {  # of the documented tables
@@ -37,6 +38,10 @@ COLUMNS = {  # of the documented tables
     "09_latency/latency": "run phase batch tokens threads device dtype routing seconds active_mlp_fraction ideal_seconds low high n",
     "09_latency/time_parts": "run routing phase batch tokens part seconds share",
     "07_collapse/collapse": "lambda_router router_gradient seed layer expert share tokens",
+    "12_tomoe/tomoe_training": "run step tokens loss lm_loss kl_loss ratio_loss union_loss balance_loss active_ratio_max active_ratio_mean "
+    "union_coverage heldout_kl lr seconds",
+    "12_tomoe/tomoe_union": "run layer count share chance neurons",
+    "12_tomoe/tomoe_specialisation": "run factor layer association low high control control_low control_high p tokens levels clusters",
     "20_ablation/ablation": "cell dynamoe.importance mode metric value low high n active_mlp_fraction active_params train_tokens status",
 }
 
@@ -150,6 +155,25 @@ def test_latency_knows_every_phase_and_routing(report):
 
 
 @pytest.mark.assets
+def test_what_tomoe_found_adds_up(report):
+    """Masks, traces and costs of one model, read from its tables."""
+    folder = report / "12_tomoe"
+    steps, usage = pd.read_csv(folder / "tomoe_training.csv"), pd.read_csv(folder / "tomoe_usage.csv")
+    assert steps["heldout_kl"].notna().any()
+    assert usage.groupby("layer")["share"].sum().to_numpy() == pytest.approx(1, abs=1e-4)
+    params = pd.read_csv(folder / "tomoe_params.csv", dtype={"layer": str}).set_index("layer")
+    run = (usage["share"] * usage["fraction"]).groupby(usage["layer"]).sum()
+    assert params.loc[run.index.astype(str), "active_mlp_fraction"].to_numpy() == pytest.approx(run.to_numpy(), abs=2e-3)
+    union = pd.read_csv(folder / "tomoe_union.csv", dtype={"layer": str})
+    assert union.groupby("layer")["share"].sum().to_numpy() == pytest.approx(1, abs=1e-4)
+    perplexity = pd.read_csv(folder / "tomoe_perplexity.csv").set_index("run")
+    assert perplexity.loc["all masks open", "ratio"] == pytest.approx(1, abs=1e-4), "all masks open is the dense model"
+    captions = {entry["stem"]: entry["caption"] for entry in record(report, "12_tomoe")["results"]["figures"]}
+    assert "training tokens (the paper: 20 million and more)" in captions["tomoe_training"]
+    assert not (folder / "tomoe_seeds.png").exists(), "one seed: no masks to compare"
+
+
+@pytest.mark.assets
 def test_the_report_opens_with_what_was_found(report):
     page = (report / "index.html").read_text(encoding="utf-8")
     opening = html.unescape(page[: page.index('id="01_convert"')]).replace("\u00a0", " ")
@@ -164,7 +188,7 @@ def test_again_nothing_runs(home, report):
     began = time.perf_counter()
     done = run(home, report)
     assert time.perf_counter() - began < 60
-    assert done.stdout.count("up to date") == 11
+    assert done.stdout.count("up to date") == 12
     assert before == {path: path.stat().st_mtime_ns for path in report.rglob("*.png")}
 
 
@@ -173,7 +197,7 @@ def test_a_deleted_folder_is_remade_without_training(home, report):
     before = (report / "05_expert_usage" / "expert_usage.csv").read_bytes()
     shutil.rmtree(report / "05_expert_usage")
     done = run(home, report)
-    assert done.stdout.count("up to date") == 10
+    assert done.stdout.count("up to date") == 11
     steps = record(report, "05_expert_usage")["results"]["steps"]
     assert {"calibrate", "train", "trace_routing"} <= {step["function"] for step in steps}
     assert all(step["cached"] for step in steps)

@@ -17,6 +17,7 @@ import pytest
 from benchmark_frames import make_deltas, make_relative, make_scores
 from latency_frames import make_growth, make_parts, make_ratios
 from matplotlib.figure import Figure
+from tomoe_frames import make_classes, make_masks, make_pairs, make_steps, make_trace
 
 from dynamoe_lab.analysis import metrics, plots, style
 from dynamoe_lab.errors import InputError
@@ -120,7 +121,28 @@ def study_frames() -> dict[str, pd.DataFrame]:
         "points": metrics.benchmark_points(make_scores()),
         "deltas": make_deltas(),
         "relative": make_relative(),
+        **tomoe_frames(),
     }
+
+
+def tomoe_frames() -> dict[str, pd.DataFrame]:
+    """Small frames of ToMoE."""
+    trace = make_trace(domain=0.8, kind=0.5)
+    jaccard = [metrics.mask_jaccard(make(), make(seed=1, run="b"), draws=5) for make in (make_masks, make_pairs)]
+    return {
+        "tomoe_steps": pd.concat([make_steps(), make_steps(run="seed 1", shift=0.1)], ignore_index=True),
+        "tomoe_usage": metrics.expert_usage(trace, experts=4),
+        "union": metrics.mask_union(make_masks(), experts=4),
+        "attention": metrics.attention_open(make_pairs(), trace),
+        "specialisation": metrics.specialisation(trace, make_classes(), experts=4, permutations=20, resamples=20),
+        "choices": metrics.expert_choice(trace, make_classes(), experts=4),
+        "jaccard": pd.concat(jaccard, ignore_index=True),
+    }
+
+
+def make_widths() -> pd.DataFrame:
+    """How wide the experts of `make_masks` are."""
+    return (make_masks().groupby(["layer", "expert"]).size() / 60).rename("fraction").reset_index()
 
 
 def make_pareto(seeds: int = 2) -> pd.DataFrame:
@@ -166,9 +188,14 @@ DRAW = {
     "plot_difficulty_vs_surprisal": "bins",
     "plot_label_share": "shares",
     "plot_latency": "ratios",
+    "plot_mask_stability": "jaccard",
     "plot_pareto": "pareto",
     "plot_realised_vs_ideal": "ratios",
+    "plot_specialisation": "specialisation",
     "plot_time_parts": "parts",
+    "plot_tomoe_training": "tomoe_steps",
+    "plot_tomoe_union": "union",
+    "plot_tomoe_usage": "tomoe_usage",
     "plot_importance_curves": "curves",
     "plot_expert_similarity": "similarity",
     "plot_training_curves": "steps",
@@ -179,7 +206,13 @@ DRAW = {
     "plot_expert_usage": "usage",
     "plot_expert_usage_by_domain": "usage_by_domain",
 }
-ALSO = {"plot_ablation": {"axis": "dynamoe.importance"}, "plot_label_share": {"theta": 0.8}, "plot_pareto": {"dense_params": 135e6}}
+ALSO = {
+    "plot_ablation": {"axis": "dynamoe.importance"},
+    "plot_label_share": {"theta": 0.8},
+    "plot_pareto": {"dense_params": 135e6},
+    "plot_tomoe_training": {"p": 0.5, "experts": 4},
+    "plot_tomoe_usage": {"widths": make_widths()},
+}
 OPTIONAL = ("run", "loss", "lr", "seconds", "chance", "active_params", "train_tokens", "status", "error", "split")
 
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "texts": {"assets"},
     "loading": {"assets", "models"},
     "data": {"assets", "texts", "loading"},
+    "token_classes": set(),
     "analysis": set(),
     "conversion": {"config", "assets", "loading", "data", "models"},
     "training": {"config", "assets", "loading", "data", "models"},
@@ -275,6 +276,7 @@ def test_readme_commands_are_accepted(monkeypatch):
     monkeypatch.setattr(sweep, "run_sweep", lambda chosen, **options: calls.append(chosen.resolve()) or sys.exit(0))
     for name in ("convert_to_folder", "train_to_folder"):
         monkeypatch.setattr(checkpoints, name, lambda *_, given, **__: calls.append(load_experiment("quick", given)))
+    monkeypatch.setattr(checkpoints, "export_to_folder", lambda *_, **__: calls.append("export"))
     monkeypatch.setattr(benchmarks, "score_to_folder", lambda *_, **__: calls.append("eval"))
     monkeypatch.setattr(benchmarks, "compare_scores", lambda *_, **__: calls.append("compare"))
     monkeypatch.setattr(inventory, "list_runs", lambda *_: calls.append("ls"))

@@ -42,7 +42,7 @@ def test_every_shipped_sweep_is_valid_and_says_why_and_what_it_costs(name):
     assert {plan.experiment.profile for plan in plans} == {"quick"}
     comment = [line for line in (CHECKOUT / "configs" / "sweeps" / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
     assert comment
-    if any(plan.experiment.train.steps for plan in plans):
+    if any(plan.experiment.train_config.steps for plan in plans):
         assert "Cost: " in "\n".join(comment)
 
 
@@ -76,6 +76,25 @@ def test_a_grid_and_single_cells(project):
     assert chosen.fields == ["dynamoe.experts", "dynamoe.theta", "dynamoe.importance"]
     quick = chosen.resolve("quick")[0].experiment
     assert (quick.model, quick.data.context) == ("smollm2-135m", 256)
+
+
+def test_methods_may_stand_side_by_side(project):
+    cells = [{"method": "tomoe", "tomoe.p": 0.4}, {"dynamoe.theta": 0.8}, {"method": "tomoe"}]
+    plans = Sweep(profile="smoke", cells=cells, modes=["router", 3]).resolve()
+    assert [plan.experiment.method for plan in plans] == ["tomoe", "dynamoe", "tomoe"]
+    assert len(Sweep(profile="smoke", overrides=["method=tomoe"], axes={"tomoe.p": [0.4, 0.5]}).resolve()) == 2
+    assert len(Sweep(profile="smoke", axes={"method": ["tomoe", "dynamoe"], "seed": [0, 1]}).resolve()) == 4
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_sweeps() if name.startswith("tomoe_")])
+def test_sweeps_of_tomoe_vary_what_they_name(name):
+    plans = load_sweep(name).resolve("smoke")
+    assert {plan.experiment.method for plan in plans} == {"tomoe"}
+    if name == "tomoe_union":
+        assert [(plan.experiment.tomoe.lambda_union, plan.experiment.tomoe.p) for plan in plans] == [(0.0, 0.4), (2.0, 0.4)]
+    if name == "tomoe_transfer":  # a model is trained once, whatever it is measured on
+        assert {plan.experiment.tomoe_train.eval_steps for plan in plans} == {0}
+        assert len({plan.experiment.data.train for plan in plans}) ** 2 == len(plans)
 
 
 def test_values_of_a_notebook_are_values_of_a_file():
@@ -130,6 +149,15 @@ def test_computed_cells_may_be_none_but_a_file_has_something_to_do(project):
         ("cells: [{dynamoe.theta: 0.8}]\nmodes: [rooter]", "mode 'rooter'"),
         ("cells: [{dynamoe.experts: [0.5, 1.0]}]\nmodes: [2]", r"mode 2: .* from 0 to 1"),
         ("cells: [{dynamoe.theta: 0.8}]\nmodes: []", "no modes"),
+        ("cells: [{method: tomoe}]\nmodes: [label]", "mode 'label': ToMoE has no difficulty labels"),
+        ("cells: [{method: tomoe}]\nmodes: [4]", r"mode 4: give router, full, random, or an expert's index from 0 to 3"),
+        (
+            "overrides: [method=tomoe]\naxes: {train.seed: [0, 1]}",
+            r"method tomoe does not read train\.seed; vary tomoe\.\* and tomoe_train",
+        ),
+        ("axes: {method: [tomoe, dynamoe], dynamoe.theta: [0.8]}", r"cell 1 .*method tomoe does not read dynamoe\.theta"),
+        ("axes: {tomoe.p: [0.5]}", r"method dynamoe does not read tomoe\.p; vary dynamoe\.\* and train"),
+        ("axes: {tomoe.p: [1.5]}\noverrides: [method=tomoe]", r"tomoe\.p = 1\.5"),
         ("cells: [3]", "sweep "),
         ("title: nothing", "nothing to do"),
         ("- 1", "sweep "),
@@ -291,6 +319,27 @@ def test_a_notebooks_sweep_starts_from_its_experiment_and_records_the_steps(done
         run.sweep(cells=[{"dynamoe.experts": [0.001, 1.0]}], overrides=["train.seed=0"])
     with pytest.raises(InputError, match="not both"):
         run.sweep({"train.seed": [0]}, file="importance")
+
+
+@pytest.mark.assets
+def test_a_sweep_of_both_methods_is_one_table_that_can_be_drawn(home, tmp_path):
+    """ToMoE beside DynaMoE on the same text, from the cells to notebook 20's picture and sentence."""
+    import dynamoe_lab as lab
+
+    few = ["data.heldout_tokens=512", "data.calibration_tokens=512", "train.steps=1", "tomoe_train.steps=1", "tomoe.mask_offset=0.1"]
+    cells = [{"method": "tomoe", "tomoe.p": 0.4}, {"method": "tomoe", "tomoe.p": 0.6}, {"method": "dynamoe"}]
+    chosen = Sweep(name="both", profile="smoke", overrides=few, cells=cells, modes=["router", "random"])
+    result = run_sweep(chosen, home=home, jobs=1, progress=None)
+    assert not result.failed
+    table = read_sweep(write_sweep(result, tmp_path / "out", root=CHECKOUT, command=["dynamoe-lab", "sweep", "both"]))
+    found = table[table["mode"] == "router"].groupby("cell")["metric"].agg(set).to_dict()
+    pruned = {"perplexity_ratio", "active_mlp_fraction", "heldout_kl", "active_params_fraction", "union_coverage"}
+    assert found == {1: pruned, 2: pruned, 3: {"perplexity_ratio", "active_mlp_fraction", "router_accuracy", "majority_accuracy"}}
+    for metric in ("perplexity_ratio", "heldout_kl", "union_coverage"):
+        ours = table[table["method"] == "tomoe"].drop(columns="method")
+        assert lab.plot_ablation(ours, axis="tomoe.p", metric=metric) is not None
+        assert lab.ablation_finding(ours, axis="tomoe.p", metric=metric).startswith(f"{metric} by tomoe.p")
+    assert lab.plot_ablation(table[table["tomoe.p"] != 0.6], axis="method") is not None
 
 
 def test_processes_that_die_leave_their_cells_failed(tmp_path, monkeypatch):

@@ -224,16 +224,16 @@ def test_a_noisy_loss_does_not_stop(tmp_path):
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_killed_between_the_last_step_and_the_result(tmp_path, monkeypatch, schedule):
     """The last checkpoint is there, the result is not: the next call takes no step more."""
-    from dynamoe_lab.training import dynamoe
+    from dynamoe_lab.training import run as running
 
     config = TrainConfig(steps=6, batch_size=2, save_steps=3, mlp_lr=1e-3, schedule=schedule, warmup_steps=0)
     whole = make_converted()
     expected = train(whole, make_blocks(15), config, output_dir=tmp_path / "whole", progress=False)
-    publish = dynamoe._publish
-    monkeypatch.setattr(dynamoe, "_publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    publish = running._publish
+    monkeypatch.setattr(running, "_publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(make_converted(), make_blocks(15), config, output_dir=tmp_path / "killed", progress=False)
-    monkeypatch.setattr(dynamoe, "_publish", publish)
+    monkeypatch.setattr(running, "_publish", publish)
     model = make_converted()
     steps = train(model, make_blocks(15), config, output_dir=tmp_path / "killed", progress=False)
     pd.testing.assert_frame_equal(steps.drop(columns="seconds"), expected.drop(columns="seconds"))

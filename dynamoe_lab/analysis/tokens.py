@@ -4,12 +4,12 @@ Hovering (or tabbing to) a token shows the expert that every layer used for it. 
 """
 
 import html
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.colors import to_hex
 
+from dynamoe_lab.analysis.fractions import Fractions, expert_count, row_fractions
 from dynamoe_lab.analysis.frames import require
 from dynamoe_lab.analysis.style import expert_colors
 
@@ -38,31 +38,36 @@ def _mix(share: float) -> str:
     return to_hex(low + (high - low) * float(np.clip(share, 0, 1)))
 
 
-def render_tokens(routing: pd.DataFrame, *, fractions: Sequence[float], title: str = "") -> str:
+def render_tokens(routing: pd.DataFrame, *, fractions: Fractions, title: str = "") -> str:
     """HTML of one text whose tokens are coloured by their mean active share of the MLP.
 
     Args:
-        routing: table `routing` of a single text with a column `token` (from `trace_text`): position, token, layer, label, expert,
-            surprisal; one row per token and layer.
-        fractions: share of the MLP of each expert, the last 1.0.
+        routing: table `routing` of a single text with a column `token` (from `trace_text`): position, token, layer, expert, surprisal, and
+            label where the method has labels; one row per token and layer.
+        fractions: share of the MLP of each expert: [E], [L, E], or the frame of `lab.expert_fractions`.
         title: a line above the text.
 
     Returns:
         A self-contained fragment; the colour scale runs from this text's cheapest token (white) to its dearest (blue).
     """
-    require(routing, ("position", "token", "layer", "label", "expert", "surprisal"), "render_tokens")
-    sizes = np.asarray(fractions, dtype=float)
-    colors = [to_hex(color) for color in expert_colors(len(sizes))]
-    experts = routing.pivot(index="position", columns="layer", values="expert").to_numpy()  # [tokens, layers]
-    labels = routing.pivot(index="position", columns="layer", values="label").to_numpy()
+    require(routing, ("position", "token", "layer", "expert", "surprisal"), "render_tokens")
+    colors = [to_hex(color) for color in expert_colors(expert_count(fractions, "render_tokens"))]
+    routing = routing.assign(width=row_fractions(fractions, routing["layer"], routing["expert"], "render_tokens"))
+    names = ("expert", "width", *(("label",) if "label" in routing else ()))
+    tables = {name: routing.pivot(index="position", columns="layer", values=name).to_numpy() for name in names}  # [tokens, layers] each
+    experts, widths = tables["expert"], tables["width"]
+    agreed = (experts == tables["label"]).mean(axis=1) if "label" in tables else None
     first = routing[routing["layer"] == routing["layer"].min()].sort_values("position")
-    active = sizes[experts].mean(axis=1)
+    active = widths.mean(axis=1)
     least, most = float(active.min()), float(active.max())
     spans = []
-    for token, surprisal, share, used, wanted in zip(first["token"], first["surprisal"], active, experts, labels, strict=True):
-        bars = "".join(f'<i style="height:{max(1, round(_BARS * sizes[expert]))}px;background:{colors[expert]}"></i>' for expert in used)
+    for row, (token, surprisal, share) in enumerate(zip(first["token"], first["surprisal"], active, strict=True)):
+        bars = "".join(
+            f'<i style="height:{max(1, round(_BARS * width))}px;background:{colors[expert]}"></i>'
+            for expert, width in zip(experts[row], widths[row], strict=True)
+        )
         surprise = "" if pd.isna(surprisal) else f", surprisal {surprisal:.1f} nats"
-        says = f"{share:.0%} of the MLPs{surprise}; the label in {np.mean(used == wanted):.0%} of the layers"
+        says = f"{share:.0%} of the MLPs{surprise}" + ("" if agreed is None else f"; the label in {agreed[row]:.0%} of the layers")
         piece = html.escape(str(token)) or "&#8203;"
         tip = f'<span class="dml-tip">{says}<span class="dml-bars">{bars}</span>layer 0 to {experts.shape[1] - 1}</span>'
         color = _mix((share - least) / max(most - least, 1e-9))

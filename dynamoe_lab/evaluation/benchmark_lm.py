@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation.cost import count_active_params
 from dynamoe_lab.evaluation.stopwatch import Stopwatch
-from dynamoe_lab.models import DynaMoEMixin
+from dynamoe_lab.models import RoutedMixin
 
 __all__ = ["BenchmarkLM"]
 
@@ -124,14 +124,14 @@ class BenchmarkLM(HFLM):
     def _forward(self, ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Logits, and the expert of every layer and token [L, B * T]; None if all tokens take the same one, or there are none."""
         model = self.model
-        if not isinstance(model, DynaMoEMixin) or model.routing.mode in ("full", "fixed"):
+        if not isinstance(model, RoutedMixin) or model.routing.mode in ("full", "fixed"):
             return model(input_ids=ids, **options).logits, None
         if model.routing.mode != "router":  # the forward itself says whom it chose, at the price of the full MLP
             output = model(input_ids=ids, output_router_logits=True, **options)
             return output.logits, torch.stack(output.experts)
         chosen: list[Tensor] = []
         with ExitStack() as hooks:
-            for mlp in model.nested_mlps():
+            for mlp in model.routed_mlps():
                 handle = mlp.router.register_forward_hook(lambda router, args, logits: chosen.append(logits.argmax(-1)))
                 hooks.callback(handle.remove)
             logits = model(input_ids=ids, **options).logits
@@ -146,7 +146,7 @@ class BenchmarkLM(HFLM):
 
     def active(self) -> tuple[float, float]:
         """Parameters that an average token of all forwards so far activated, and the share of the MLPs' among the MLPs'."""
-        if not isinstance(self.model, DynaMoEMixin):
+        if not isinstance(self.model, RoutedMixin):
             return float(sum(parameter.numel() for parameter in self.model.parameters())), 1.0
         usage = None
         if self._counts is not None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation.routing import evaluating
 from dynamoe_lab.evaluation.tasks import DEFINITIONS, TASKS, load_tasks, quiet_libraries, task_split
-from dynamoe_lab.models import DynaMoEMixin
+from dynamoe_lab.models import RoutedMixin
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -128,7 +128,7 @@ def _scoring(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_s
     from dynamoe_lab.evaluation.benchmark_lm import BenchmarkLM
 
     was_training, pad = model.training, tokenizer.pad_token
-    routed = evaluating(model, "evaluate_task") if isinstance(model, DynaMoEMixin) else contextlib.nullcontext()
+    routed = evaluating(model, "evaluate_task") if isinstance(model, RoutedMixin) else contextlib.nullcontext()
     try:
         with routed, quiet_libraries():
             yield BenchmarkLM(model, tokenizer, batch_size=batch_size, progress=progress)

@@ -1,31 +1,39 @@
 """Active parameters, exactly: what a token's forward pass touches under a measured routing."""
 
+import math
+
 import pandas as pd
+from torch import nn
 from transformers import PreTrainedModel
 
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.models import DynaMoEMixin, decoder_layers
+from dynamoe_lab.evaluation.layer_cost import mask_parts, token_mask_params
+from dynamoe_lab.models import RoutedMixin, decoder_layers, family_of
 
 __all__ = ["count_active_params", "expert_tokens"]
 
 
-def expert_tokens(model: PreTrainedModel, routing: pd.DataFrame | None, function: str) -> pd.DataFrame:
+def expert_tokens(model: PreTrainedModel, routing: pd.DataFrame | None, function: str) -> pd.DataFrame | None:
     """How the tokens of each layer divide among the experts of a converted model: index layer, a column per expert that is used.
 
     Args:
-        routing: table `routing` (one row per token and layer: tokens are counted) or `expert_usage` (its shares); None: all tokens take
-            the one expert that `model.set_routing` was given.
+        routing: table `routing` (one row per token and layer: tokens are counted) or `expert_usage` (its shares); None: all tokens do
+            alike, as `model.set_routing` was told.
         function: in whose name an InputError is raised: a routing of another model, or needed and missing.
+
+    Returns:
+        None under "full" without a routing: that is not one of the experts in every method, and `full_params` says what it runs.
     """
-    layers, mode = len(model.nested_mlps()), model.routing.mode
+    layers, mode = len(model.routed_mlps()), model.routing.mode
     if routing is None:
-        fixed = {"full": model.moe.num_experts - 1, "fixed": model.routing.expert}.get(mode)
-        if fixed is None:
+        if mode == "full":
+            return None
+        if mode != "fixed":
             raise InputError(f"{function}: under routing {mode!r} tokens differ; give the frame of lab.trace_routing")
-        return pd.DataFrame({fixed: 1}, index=range(layers))
+        return pd.DataFrame({model.routing.expert: 1}, index=range(layers))
     groups = routing.groupby(["layer", "expert"], observed=True)
     usage = (groups["share"].sum() if "share" in routing else groups.size()).unstack(fill_value=0)
-    if list(usage.index) != list(range(layers)) or usage.columns.max() >= model.moe.num_experts:
+    if list(usage.index) != list(range(layers)) or not 0 <= usage.columns.min() <= usage.columns.max() < model.moe.num_experts:
         raise InputError(f"{function}: this routing is not of a model with {layers} layers and {model.moe.num_experts} experts")
     if "share" in routing and groups.size().max() > 1:
         raise InputError(f"{function}: the shares are those of several runs or domains; pass the rows of one of them")
@@ -37,39 +45,71 @@ def count_active_params(model: PreTrainedModel, routing: pd.DataFrame | None = N
 
     Args:
         model: the converted model that `routing` was traced on, under the routing it was traced with.
-        routing: table `routing` (columns layer, expert; one row per token and layer); None: every token takes the one expert that
-            `model.set_routing` was given.
+        routing: table `routing` (columns layer, expert; one row per token and layer) or `expert_usage`; None: every token does the same,
+            as `model.set_routing` was told ("full", or an expert).
 
     Returns:
-        One row per layer and one, layer "all", for the model: run, layer, mlp_active (mean over tokens), mlp_total, active_mlp_fraction,
-        router (0 under a fixed expert, which asks no router), other (attention, norms, embeddings; tied embeddings once), active_params,
-        total_params.
+        One row per layer and one, layer "all", for the model: run, layer, mlp_active (mean over tokens), mlp_total (of the dense MLP),
+        active_mlp_fraction, router (MLPs' routers, 0 under a fixed expert, which asks none; and what masks attention token by token),
+        other (attention as it is stored, norms, embeddings; tied embeddings once), active_params, total_params (held by the model; what
+        ToMoE learns masks with is there alone). For ToMoE also masked_params: parameters of values and outputs of attention that an
+        average token masks, which are computed and counted as active all the same (NaN where `routing` does not tell).
+
+        A masked ToMoE model computes all of its MLPs; counted are the experts that it stands for.
 
     Raises:
         InputError: `routing` has other layers or experts than the model, or is needed and missing.
     """
-    if not isinstance(model, DynaMoEMixin):
+    if not isinstance(model, RoutedMixin):
         raise InputError(f"count_active_params: {type(model).__name__} has no experts; convert it first with lab.convert")
-    mlps, usage = model.nested_mlps(), expert_tokens(model, routing, "count_active_params")
-    asked = model.routing.mode not in ("full", "fixed")
-    nested = {id(parameter) for mlp in mlps for parameter in mlp.parameters()}
-    others = [sum(parameter.numel() for parameter in layer.parameters() if id(parameter) not in nested) for layer in decoder_layers(model)]
+    mlps, layers, mode = model.routed_mlps(), decoder_layers(model), model.routing.mode
+    attentions = [getattr(layer, family_of(model.config.model_type).attention) for layer in layers]
+    usage = expert_tokens(model, routing, "count_active_params")
     rows = []
-    for index, mlp in enumerate(mlps):
-        sizes = mlp.expert_params()
-        counts = usage.loc[index]
-        active = sum(counts.get(expert, 0) * size for expert, size in enumerate(sizes)) / counts.sum()
-        router = sum(parameter.numel() for parameter in mlp.router.parameters()) if asked else 0
-        rows.append(_row(run, str(index), active, sizes[-1], router, others[index]))
+    for index, (mlp, layer, attention) in enumerate(zip(mlps, layers, attentions, strict=True)):
+        counts = None if usage is None else usage.loc[index]
+        active = _mean_params(mlp, counts)
+        asked = 0 if mode in ("full", "fixed") else _count(mlp.router)
+        router, held = asked + (0 if mode == "full" else token_mask_params(attention)), _count(layer, mlp)
+        other, total = held - _count(mlp, *mask_parts(attention)), held - _count(mlp.router) + asked
+        rows.append(_row(run, str(index), active, mlp.dense_params(), router, other, total))
+        if model.method == "tomoe":
+            rows[-1]["masked_params"] = 0.0 if mode == "full" else _masked_params(attention, index, routing)
     whole = pd.DataFrame(rows)
-    every = sum(parameter.numel() for parameter in model.parameters())  # parameters() yields a tied weight once
-    routers = sum(parameter.numel() for mlp in mlps for parameter in mlp.router.parameters())
-    mlp_total, router = int(whole["mlp_total"].sum()), int(whole["router"].sum())
-    rows.append(_row(run, "all", float(whole["mlp_active"].sum()), mlp_total, router, every - mlp_total - routers))
+    sums = [float(whole["mlp_active"].sum()), *(int(whole[name].sum()) for name in ("mlp_total", "router", "other", "total_params"))]
+    # what belongs to no layer; the hypernetwork makes masks once for all tokens
+    around = _count(model) - _count(layers, *mlps)
+    sums[3] += around - _count(*([model.hypernetwork] if hasattr(model, "hypernetwork") else []))
+    sums[4] += around
+    rows.append(_row(run, "all", *sums))
+    if "masked_params" in whole:
+        rows[-1]["masked_params"] = whole["masked_params"].sum(skipna=False)
     return pd.DataFrame(rows)
 
 
-def _row(run: str, layer: str, active: float, mlp_total: int, router: int, other: int) -> dict:
+def _mean_params(mlp: nn.Module, counts: pd.Series | None) -> float:
+    """Parameters of the MLP that an average token runs, router aside."""
+    if counts is None:
+        return mlp.full_params()
+    return sum(counts.get(expert, 0) * size for expert, size in enumerate(mlp.expert_params())) / counts.sum()
+
+
+def _masked_params(attention: nn.Module, index: int, routing: pd.DataFrame | None) -> float:
+    """Parameters of values and outputs of a layer's attention that an average token's mask leaves out."""
+    if not mask_parts(attention):
+        return 0.0
+    if routing is None or "open_values" not in routing:
+        return math.nan
+    maskable = _count(attention.v_proj) + attention.o_proj.weight.numel()  # the output's bias belongs to no dimension of a head
+    return maskable * (1 - float(routing.loc[routing["layer"] == index, "open_values"].mean()))
+
+
+def _count(*modules: nn.Module) -> int:
+    """Parameters in these modules, each once: a tied weight, and those of an MLP that its layer holds, too."""
+    return sum({id(parameter): parameter.numel() for module in modules for parameter in module.parameters()}.values())
+
+
+def _row(run: str, layer: str, active: float, mlp_total: int, router: int, other: int, total: int) -> dict:
     return {
         "run": run,
         "layer": layer,
@@ -79,5 +119,5 @@ def _row(run: str, layer: str, active: float, mlp_total: int, router: int, other
         "router": router,
         "other": other,
         "active_params": active + router + other,
-        "total_params": mlp_total + router + other,
+        "total_params": total,
     }

@@ -4,9 +4,6 @@ Works on the meta device, so a model's cost is known before its weights are. Cou
 and values) and the weights and cached keys and values that they read; norms, activations and sums are free, as they nearly are.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import pandas as pd
@@ -15,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation.cost import expert_tokens
-from dynamoe_lab.models import DynaMoEMixin, NestedMLP, decoder_layers, family_of
+from dynamoe_lab.evaluation.layer_cost import Cost, attention_cost, linear_maps, routed_mlp_cost, weights
+from dynamoe_lab.models import RoutedMixin, decoder_layers, family_of
 
 __all__ = ["PARTS", "ideal_share", "model_cost"]
 
@@ -35,9 +33,9 @@ def model_cost(
     """The cost of a token, by layer and part, under the model's current routing mode.
 
     Args:
-        model: dense or converted, of a supported family; the meta device will do.
+        model: dense or converted, of a supported family; the meta device will do, but for ToMoE's experts, whose widths are weights.
         routing: which experts the tokens take: table `routing` (layer, expert; one row per token and layer) or table `expert_usage`
-            (layer, expert, share; one domain). None: a dense model, or a converted one whose tokens all take one expert.
+            (layer, expert, share; one domain). None: a dense model, or a converted one whose tokens all do the same.
         phase: "prefill": `batch` sequences of `tokens` tokens fill an empty cache; "decode": each of `batch` sequences adds one token
             to `tokens` cached ones. Either computes the head for the last token of each sequence alone, as `generate` does.
 
@@ -46,9 +44,13 @@ def model_cost(
         "all", part "all", and both. Columns: run, phase, layer, part; params (weights held; a tied embedding once, under embedding);
         active_params (touched by an average token; those of `count_active_params`); flops (per token, 2 x multiply-adds; attention
         over the causal context or its sliding window); bytes (moved per token, in the weights' dtype: weights that the forward reads,
-        divided by the tokens that share it, the embedding's rows, the cache's entries read and written). A block of neurons is read if any
-        of these tokens uses it, each using it with the layer's share. Routing "label" computes the full MLP (with frozen labels two) and
-        the router; "random" counts the router that it is the control for as active, but does not run it.
+        divided by the tokens that share it, the embedding's rows, the cache's entries read and written). A block of neurons (DynaMoE), or
+        an expert (ToMoE), is read if any of these tokens uses it, each using it with the layer's share. Routing "label" computes the full
+        MLP (with frozen labels two) and the router; "random" counts the router that it is the control for as active, but does not run it.
+
+        Of ToMoE, attention holds what masks it token by token; masked values and outputs are computed all the same. Scores are counted
+        at the kept pairs' width, to which fused kernels add zeros again. A masked model computes every MLP and router whole, whatever the
+        expert; what makes its masks, once for all tokens, is held under router, and free.
 
     Raises:
         InputError: an unsupported model, a routing of another model, missing, or given for a dense one; an unknown phase; no tokens.
@@ -58,22 +60,21 @@ def model_cost(
         raise InputError(f"model_cost: phase {phase!r} is not known; choose prefill or decode")
     if batch < 1 or tokens < 1:
         raise InputError(f"model_cost: batch = {batch}, tokens = {tokens}; give at least 1 of each")
-    if not isinstance(model, DynaMoEMixin) and routing is not None:
+    if not isinstance(model, RoutedMixin) and routing is not None:
         raise InputError(f"model_cost: {type(model).__name__} has no experts; convert it first with lab.convert, or give no routing")
     sharing = batch * (tokens if phase == "prefill" else 1)  # tokens of one forward, which read the weights together
-    usage = expert_tokens(model, routing, "model_cost") if isinstance(model, DynaMoEMixin) else None
+    shares = _expert_shares(model, routing)
+    setting = {"phase": phase, "tokens": tokens, "sharing": sharing, "itemsize": model.dtype.itemsize, "masking": _is_masking(model)}
     rows = []
     for index, (layer, window) in enumerate(zip(layers, _windows(config, len(layers)), strict=True)):
-        if usage is None:
-            mlp, router = _linear_maps([_mlp_of(layer, model)], sharing), _Cost()
+        if isinstance(model, RoutedMixin):
+            mlp, router = routed_mlp_cost(model.routed_mlps()[index], shares[index], sharing)
         else:
-            counts = usage.loc[index]
-            shares = [counts.get(expert, 0) / counts.sum() for expert in range(model.moe.num_experts)]
-            mlp, router = _nested_mlp(model.nested_mlps()[index], shares, sharing)
-        attention = next(child for name, child in layer.named_children() if name in ("self_attn", "attention"))
-        attended = _linear_maps([attention], sharing) + _cache(config, model.dtype.itemsize, window, phase, tokens)
+            mlp, router = linear_maps([_mlp_of(layer, model)], sharing), Cost()
+        attention = getattr(layer, family_of(config.model_type).attention)
+        attended = attention_cost(attention, config, window=window, **setting)
         taken = {id(parameter) for part in (_mlp_of(layer, model), attention) for parameter in part.parameters()}
-        norms = _weights((parameter for parameter in layer.parameters() if id(parameter) not in taken), sharing)
+        norms = weights((parameter for parameter in layer.parameters() if id(parameter) not in taken), sharing)
         parts = {"mlp": mlp, "router": router, "attention": attended, "norms": norms}
         rows += [_row(run, phase, str(index), part, cost) for part, cost in parts.items()]
     rows += [_row(run, phase, "model", part, cost) for part, cost in _around_layers(model, layers, sharing, batch).items()]
@@ -99,19 +100,6 @@ def _flops(cost: pd.DataFrame, parts: tuple[str, ...]) -> float:
     return float(rows["flops"].sum())
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """What one part of the model costs; the columns of the table."""
-
-    params: int = 0
-    active_params: float = 0.0
-    flops: float = 0.0  # per token
-    bytes: float = 0.0  # per token
-
-    def __add__(self, other: "_Cost") -> "_Cost":
-        return _Cost(*(getattr(self, name) + getattr(other, name) for name in _NUMBERS))
-
-
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
     try:
         return decoder_layers(model)
@@ -119,46 +107,26 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
         raise InputError(f"model_cost: {error}") from error
 
 
-def _weights(parameters: Iterable[nn.Parameter], sharing: int) -> _Cost:
-    """Weights that every forward reads, whose arithmetic is free."""
-    held = list(parameters)
-    params = sum(parameter.numel() for parameter in held)
-    return _Cost(params, params, 0.0, sum(parameter.numel() * parameter.element_size() for parameter in held) / sharing)
+def _expert_shares(model: PreTrainedModel, routing: pd.DataFrame | None) -> list[list[float] | None]:
+    """The share of each layer's tokens that each expert takes; None where routing is "full", or there are no experts."""
+    usage = expert_tokens(model, routing, "model_cost") if isinstance(model, RoutedMixin) else None
+    if usage is None:
+        return [None] * len(_layers(model))
+    usage = usage.div(usage.sum(axis=1), axis=0).reindex(columns=range(model.moe.num_experts), fill_value=0)
+    return usage.to_numpy(dtype=float).tolist()
 
 
-def _linear_maps(modules: Iterable[nn.Module], sharing: int) -> _Cost:
-    """All weights in the modules, of which every linear map multiplies every token."""
-    modules = list(modules)
-    maps = [module.weight.numel() for outer in modules for module in outer.modules() if isinstance(module, nn.Linear)]
-    return _weights((parameter for module in modules for parameter in module.parameters()), sharing) + _Cost(flops=2.0 * sum(maps))
+def _is_masking(model: PreTrainedModel) -> bool:
+    """Whether what masks attention token by token runs, where there is such a thing."""
+    return isinstance(model, RoutedMixin) and model.routing.mode != "full"
 
 
 def _mlp_of(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
     """A module whose parameters are those of the layer's MLP, router included."""
     family = family_of(model.config.model_type)
-    if isinstance(model, DynaMoEMixin):
+    if isinstance(model, RoutedMixin):
         return family.nested(layer)
     return nn.ModuleList(getattr(family.holder(layer), name) for name in family.projections)
-
-
-def _nested_mlp(mlp: NestedMLP, shares: list[float], sharing: int) -> tuple[_Cost, _Cost]:
-    """MLP and router of a layer whose experts take these shares of the tokens."""
-    mode, whole = mlp.routing.mode, mlp.expert_params()
-    reach = [sum(shares[block:]) for block in range(len(shares))]  # share of tokens that use each block
-    active = sum(share * params for share, params in zip(shares, whole, strict=True))
-    copies = 1
-    if mode == "label":
-        reach, copies = [1.0] * len(reach), 1 if mlp.frozen is None else 2
-    neuron = sum(linear.weight.numel() for linear in mlp.projections().values()) / mlp.sizes[-1]  # weights of one neuron, biases aside
-    widths = [hi - lo for lo, hi in mlp.blocks]
-    blocks = [whole[0], *(larger - smaller for smaller, larger in pairwise(whole))]
-    read = sum(params * (1 - (1 - min(used, 1.0)) ** sharing) for params, used in zip(blocks, reach, strict=True))
-    multiplied = neuron * sum(width * used for width, used in zip(widths, reach, strict=True))
-    size = mlp.down.weight.element_size()
-    router = _linear_maps([mlp.router], sharing)
-    counted, asked = mode not in ("full", "fixed"), mode in ("router", "label")
-    router = _Cost(router.params, router.params * counted, router.flops * asked, router.bytes * asked)
-    return _Cost(whole[-1], active, 2 * copies * multiplied, copies * read * size / sharing), router
 
 
 def _windows(config: PreTrainedConfig, layers: int) -> list[int | None]:
@@ -167,40 +135,29 @@ def _windows(config: PreTrainedConfig, layers: int) -> list[int | None]:
     return [None if kinds and kinds[layer] != "sliding_attention" else window for layer in range(layers)]
 
 
-def _cache(config: PreTrainedConfig, itemsize: int, window: int | None, phase: str, tokens: int) -> _Cost:
-    """Scores and values of one layer over the causal context, and the cache's entries read (those of earlier forwards) and written."""
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    stored = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_size * itemsize  # a token's key and value
-    reach = tokens + 1 if window is None else window
-    if phase == "decode":
-        context = min(tokens + 1, reach)
-        return _Cost(flops=4.0 * heads * head_size * context, bytes=float(stored * context))  # context - 1 are read, one is written
-    short = min(tokens, reach)  # the first `short` tokens see 1, 2, ... tokens, the others all that a window holds
-    mean_context = (short * (short + 1) / 2 + (tokens - short) * reach) / tokens
-    return _Cost(flops=4.0 * heads * head_size * mean_context, bytes=float(stored))
-
-
-def _around_layers(model: PreTrainedModel, layers: nn.ModuleList, sharing: int, batch: int) -> dict[str, _Cost]:
-    """Final norm, embedding (with the maps to and from another width that some models have) and head."""
-    costs = {"norms": _Cost(), "embedding": _Cost(), "head": _Cost()}
+def _around_layers(model: PreTrainedModel, layers: nn.ModuleList, sharing: int, batch: int) -> dict[str, Cost]:
+    """Final norm, embedding (with the maps to and from another width that some models have), head, and what makes masks for all layers."""
+    costs = {"norms": Cost(), "embedding": Cost(), "head": Cost()}
     head, seen = model.get_output_embeddings(), {id(parameter) for parameter in layers.parameters()}
+    if hasattr(model, "hypernetwork"):
+        costs["router"] = weights(model.hypernetwork.parameters(), sharing).held()
+        seen |= {id(parameter) for parameter in model.hypernetwork.parameters()}
     for module in (*(module for module in model.modules() if module is not head), head):  # the head last: a tied weight is the embedding's
         own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in seen]
         seen |= {id(parameter) for parameter in own}
         if isinstance(module, nn.Embedding):
-            table = _weights(own, sharing)
+            table = weights(own, sharing)
             rows = min(sharing, module.num_embeddings)  # a token reads its row; more tokens than rows read the table
-            costs["embedding"] += _Cost(table.params, table.active_params, 0.0, table.bytes * rows / module.num_embeddings)
+            costs["embedding"] += Cost(table.params, table.active_params, 0.0, table.bytes * rows / module.num_embeddings)
         elif module is head:
-            read, params = _linear_maps([head], sharing), sum(parameter.numel() for parameter in own)
-            costs["head"] += _Cost(params, params, read.flops * batch / sharing, read.bytes)
+            read, params = linear_maps([head], sharing), sum(parameter.numel() for parameter in own)
+            costs["head"] += Cost(params, params, read.flops * batch / sharing, read.bytes)
         elif own:
-            costs["embedding" if isinstance(module, nn.Linear) else "norms"] += _linear_maps([module], sharing)
+            costs["embedding" if isinstance(module, nn.Linear) else "norms"] += linear_maps([module], sharing)
     return costs
 
 
-def _row(run: str, phase: str, layer: str, part: str, cost: _Cost) -> dict:
+def _row(run: str, phase: str, layer: str, part: str, cost: Cost) -> dict:
     return {"run": run, "phase": phase, "layer": layer, "part": part, **{name: getattr(cost, name) for name in _NUMBERS}}
 
 

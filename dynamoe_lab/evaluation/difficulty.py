@@ -25,12 +25,12 @@ def trace_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_s
         similarity_{E-2} (cosine of that expert's output to the full output; the last expert's is 1).
 
     Raises:
-        InputError: the model is not converted, or there are no blocks.
+        InputError: the model is not converted, its experts are not nested (ToMoE), or there are no blocks.
     """
     blocks = require_blocks(blocks, "trace_similarity")
     categories = sorted(set(blocks.domain))
     parts = []
-    with evaluating(model, "trace_similarity", "full"):
+    with evaluating(model, "trace_similarity", "full", labels=True):
         for start in range(0, len(blocks), batch_size):
             batch = blocks[start : start + batch_size]
             output = model(input_ids=batch.ids.to(model.device), output_router_logits=True, use_cache=False)

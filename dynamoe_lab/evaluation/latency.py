@@ -1,4 +1,4 @@
-"""How long a forward takes, dense and converted side by side.
+"""How long a forward takes, dense and converted (by any method) side by side.
 
 A machine is never as fast twice, so times are compared within rounds: in each round the dense model and every routing run once, in an order
 that rotates, and ratios are formed round by round (`analysis.metrics.latency`). What is timed is the product's own path.
@@ -21,9 +21,20 @@ from dynamoe_lab.evaluation.cost_model import ideal_share, model_cost
 from dynamoe_lab.evaluation.overrule import RoutingSpec, check_routing, forced_routing, routing_name
 from dynamoe_lab.evaluation.routing import evaluating
 from dynamoe_lab.evaluation.stopwatch import Stopwatch, Work, step_ids
-from dynamoe_lab.models import DynaMoEConfig, DynaMoEMixin, decoder_layers
+from dynamoe_lab.models import DynaMoEConfig, RoutedMixin, decoder_layers, dense_type_of, family_of
 
 __all__ = ["measure_latency", "random_pair", "time_parts"]
+
+# What a config says of shapes that no method changes; MLPs are compared by their parameters.
+_SHAPES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
 
 
 def measure_latency(
@@ -43,11 +54,11 @@ def measure_latency(
     """Time a dense model and its converted form, alternating; both are left as they were found.
 
     Args:
-        dense, model: of one family and size, on one device, in one dtype.
+        dense, model: of one family and size, on one device, in one dtype; a ToMoE model in its deployed form.
         phase: "prefill": `batch` sequences of `tokens` tokens into an empty cache; "decode": `steps` steps that add one token to each of
             `batch` sequences, after `tokens` cached ones (the converted model's cache is filled under the first of `routings`).
-        routings: "router"; "label" (computes the full MLP); "full"; an expert e, as `set_routing(e)`, which asks no router; or a tuple of E
-            shares: the routers run but are overruled, every token draws its expert (see `mixed_shares`).
+        routings: "router"; "label" (DynaMoE; computes the full MLP); "full"; an expert e, as `set_routing(e)`, which asks no router; or a
+            tuple of E shares: the routers run but are overruled, every token draws its expert (see `mixed_shares`).
         pairs: rounds; one more before them warms up and is not counted.
         ids: token ids [>= batch, >= tokens], `Blocks`, or one text [>= batch * tokens]; None: random ones. Only "router" and "label"
             depend on them.
@@ -100,20 +111,31 @@ def measure_latency(
 
 
 def _check_models(dense: PreTrainedModel, model: PreTrainedModel, function: str) -> None:
-    if not isinstance(model, DynaMoEMixin):
+    if not isinstance(model, RoutedMixin):
         raise InputError(f"{function}: {type(model).__name__} has no routers; convert it first with lab.convert")
-    if isinstance(dense, DynaMoEMixin):
+    if isinstance(dense, RoutedMixin):
         raise InputError(f"{function}: the first model, {type(dense).__name__}, is a converted one; give its dense parent")
-    if f"dynamoe_{dense.config.model_type}" != model.config.model_type:
+    if hasattr(model, "layer_masks"):
+        raise InputError(f"{function}: {type(model).__name__} computes what its masks then leave out; export it first with lab.export")
+    if dense.config.model_type != dense_type_of(model.config.model_type):
         raise InputError(f"{function}: {dense.config.model_type} is not the family of {model.config.model_type}; give the dense parent")
-    ours = {name: weight.shape for name, weight in model.named_parameters() if ".router." not in name}
-    if ours != {name: weight.shape for name, weight in dense.named_parameters()}:
+    ours, theirs = ([getattr(each.config, name, None) for name in _SHAPES] for each in (model, dense))
+    if ours != theirs or [mlp.dense_params() for mlp in model.routed_mlps()] != _mlp_params(dense):
         raise InputError(f"{function}: the two models have weights of other shapes; give the converted model's own dense parent")
     for name in ("device", "dtype"):
         if getattr(dense, name) != getattr(model, name):
             raise InputError(
                 f"{function}: the dense model has {name} {getattr(dense, name)}, the other {getattr(model, name)}; make them equal"
             )
+
+
+def _mlp_params(dense: PreTrainedModel) -> list[int]:
+    """Parameters of every layer's MLP, biases included."""
+    family, found = family_of(dense.config.model_type), []
+    for layer in decoder_layers(dense):
+        maps = [getattr(family.holder(layer), name) for name in family.projections]
+        found.append(sum(parameter.numel() for linear in maps for parameter in linear.parameters()))
+    return found
 
 
 def _as_routings(model: PreTrainedModel, routings: Sequence[RoutingSpec], function: str) -> list[RoutingSpec]:
@@ -150,22 +172,24 @@ def _work_shares(dense: PreTrainedModel, work: Work, routing: RoutingSpec, seed:
     """Active fraction of the MLPs and ideal share of the dense MLPs' work, from the experts that this work's tokens take."""
     model = work.model
     with forced_routing(model, routing, rows=work.rows, calls=work.calls, seed=seed) as experts, ExitStack() as hooks:
-        seen: list[list[Tensor]] = [[] for _ in model.nested_mlps()]
+        seen: list[list[Tensor]] = [[] for _ in model.routed_mlps()]
         if routing == "label":
             for output in work.run(output_router_logits=True):
                 for layer, taken in zip(seen, output.experts, strict=True):
                     layer.append(taken)
             work.rewind()
         elif routing == "router":
-            for layer, mlp in zip(seen, model.nested_mlps(), strict=True):
+            for layer, mlp in zip(seen, model.routed_mlps(), strict=True):
                 hook = mlp.router.register_forward_hook(lambda _, args, logits, layer=layer: layer.append(logits.argmax(-1)))
                 hooks.callback(hook.remove)
             work.run()
             work.rewind()
-        if experts is None:
+        if routing in ("label", "router"):
             experts = torch.stack([torch.cat(layer).cpu() for layer in seen])  # [L, N]
-        layers, tokens = experts.shape
-        table = pd.DataFrame({"layer": np.repeat(np.arange(layers), tokens), "expert": experts.flatten().numpy()})
+        table = None  # all tokens alike
+        if experts is not None:
+            layers, tokens = experts.shape
+            table = pd.DataFrame({"layer": np.repeat(np.arange(layers), tokens), "expert": experts.flatten().numpy()})
         cost = model_cost(model, table, **setting)  # within the routing: it asks the mode what is computed
         active = count_active_params(model, table).set_index("layer").loc["all", "active_mlp_fraction"]
     return float(active), ideal_share(cost, model_cost(dense, **setting))
@@ -193,13 +217,13 @@ def time_parts(
 
     Returns:
         One row per part: run, routing ("dense" for a dense model), phase, batch, tokens, part ("MLP" without the next two, "router",
-        "sorting" of tokens by expert and back, "attention" with its projections, "head", "other": norms, embeddings, sums, the cache's
-        bookkeeping), seconds (median over repeats), share (of the sum of the parts).
+        "sorting" of tokens by expert and back, "attention" with its projections and masks, "head", "other": norms, embeddings, sums, the
+        cache's bookkeeping), seconds (median over repeats), share (of the sum of the parts).
 
     Raises:
         InputError: a routing for a dense model, an unknown phase or routing, counts below 1, or too few ids.
     """
-    function, converted = "time_parts", isinstance(model, DynaMoEMixin)
+    function, converted = "time_parts", isinstance(model, RoutedMixin)
     if routing is not None:
         if not converted:
             raise InputError(f"{function}: {type(model).__name__} has no experts; convert it first with lab.convert, or give no routing")
@@ -236,12 +260,14 @@ def _mode_name(model: PreTrainedModel) -> str:
 def _watch_parts(watch: Stopwatch, model: PreTrainedModel) -> None:
     watch.watch_mlps(model, "mlp")
     watch.watch("head", model.get_output_embeddings())
+    family = family_of(model.config.model_type)
     for layer in decoder_layers(model):
-        watch.watch("attention", next(child for name, child in layer.named_children() if name in ("self_attn", "attention")))
-    for mlp in model.nested_mlps() if isinstance(model, DynaMoEMixin) else ():
+        watch.watch("attention", getattr(layer, family.attention))
+    for mlp in model.routed_mlps() if isinstance(model, RoutedMixin) else ():
         watch.watch("router", mlp.router)
         for name in ("sort_tokens", "restore_order"):
-            watch.watch_method("sorting", mlp, name)
+            if hasattr(mlp, name):  # masked MLPs do not sort
+                watch.watch_method("sorting", mlp, name)
 
 
 measure_latency.step_times = time_parts.step_times = True  # kept for the machine and the threads that they were measured with

@@ -21,7 +21,6 @@ from dynamoe_lab.errors import InputError
 __all__ = ["RoutingSpec", "check_routing", "forced_routing", "mixed_shares", "routing_name"]
 
 RoutingSpec = str | int | tuple[float, ...]  # "router", "label", "full"; an expert for all tokens; shares of the experts
-_MODES = ("router", "label", "full")
 
 
 def mixed_shares(fractions: Sequence[float], mean: float) -> tuple[float, ...]:
@@ -58,13 +57,17 @@ def mixed_shares(fractions: Sequence[float], mean: float) -> tuple[float, ...]:
 def check_routing(model: PreTrainedModel, routing: RoutingSpec, function: str) -> None:
     """Raise InputError, naming `function`, unless `routing` is one that `forced_routing` can force on this model."""
     experts = model.moe.num_experts
+    reasons = {mode: reason for mode, reason in model.routing_modes.items() if mode != "random"}  # its draws are what shares are for
+    if isinstance(routing, str) and reasons.get(routing) is not None:
+        raise InputError(f"{function}: routing {routing!r}: {reasons[routing]}")
     if isinstance(routing, tuple):
         if len(routing) != experts:
             raise InputError(f"{function}: routing {routing} has {len(routing)} shares, the model {experts} experts; give one share each")
         if not all(isinstance(share, (int, float)) and share >= 0 for share in routing) or not math.isclose(sum(routing), 1, abs_tol=1e-6):
             raise InputError(f"{function}: routing {routing}: shares are at least 0 and sum to 1; lab.mixed_shares makes them")
-    elif not (routing in _MODES if isinstance(routing, str) else type(routing) is int and 0 <= routing < experts):
-        choices = f"{', '.join(_MODES)}, an expert from 0 to {experts - 1}, or a tuple of {experts} shares"
+    elif not (routing in reasons if isinstance(routing, str) else type(routing) is int and 0 <= routing < experts):
+        modes = ", ".join(mode for mode, reason in reasons.items() if reason is None)
+        choices = f"{modes}, an expert from 0 to {experts - 1}, or a tuple of {experts} shares"
         raise InputError(f"{function}: routing {routing!r}: choose {choices}")
 
 
@@ -86,14 +89,13 @@ def forced_routing(model: PreTrainedModel, routing: RoutingSpec, *, rows: int, c
         seed: of the draws, the same for the same arguments.
 
     Yields:
-        The expert of every token and layer, [L, calls * rows] int64; None if the model itself decides ("router", "label").
+        The expert drawn for every token and layer, [L, calls * rows] int64; None where there are no shares to draw with.
     """
-    mlps, experts = model.nested_mlps(), model.moe.num_experts
     if not isinstance(routing, tuple):
         model.set_routing(routing)
-        fixed = experts - 1 if routing == "full" else routing
-        yield None if routing in ("router", "label") else torch.full((len(mlps), calls * rows), fixed)
+        yield None
         return
+    mlps, experts = model.routed_mlps(), model.moe.num_experts
     model.set_routing("router")
     shares = torch.tensor(routing, dtype=torch.float64)
     drawn = []
@@ -101,7 +103,7 @@ def forced_routing(model: PreTrainedModel, routing: RoutingSpec, *, rows: int, c
         for layer, mlp in enumerate(mlps):
             generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
             drawn.append(torch.multinomial(shares, calls * rows, replacement=True, generator=generator))
-            logits = F.one_hot(drawn[-1], experts).to(mlp.down.weight).split(rows)  # calls x [N, E]
+            logits = F.one_hot(drawn[-1], experts).to(next(mlp.router.parameters())).split(rows)  # calls x [N, E]
             hooks.callback(mlp.router.register_forward_hook(_overrule(logits)).remove)
         yield torch.stack(drawn)
 

@@ -1,6 +1,6 @@
-"""What the routers did: one row per token and layer, and how close each prefix comes to the full output.
+"""What the routers did: one row per token and layer; and, of nested experts, how close each prefix comes to the full output.
 
-Both need the labels, so they compute the full MLP beside the chosen prefix; the output stays the chosen prefix's.
+Difficulty labels, where a method has them, need the full MLP beside the chosen expert; the output stays the chosen expert's.
 """
 
 import dataclasses
@@ -16,19 +16,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dynamoe_lab.data import Blocks, require_blocks
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation.perplexity import token_surprisal
-from dynamoe_lab.models import DynaMoEMixin
+from dynamoe_lab.models import RoutedMixin
 
 __all__ = ["evaluating", "expert_similarity", "logit_change", "trace_routing", "trace_text"]
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel, name: str, mode: str | int | None = None) -> Iterator[None]:
+def evaluating(model: PreTrainedModel, name: str, mode: str | int | None = None, *, labels: bool = False) -> Iterator[None]:
     """A converted model in eval mode, under routing `mode` if one is given; afterwards as it was found, also the draws of "random".
 
-    Raises InputError, in the name of the function `name`, if the model has no routers.
+    Raises InputError, in the name of the function `name`, if the model has no routers, or no difficulty labels where `labels` are needed.
     """
-    if not isinstance(model, DynaMoEMixin):
+    if not isinstance(model, RoutedMixin):
         raise InputError(f"{name}: {type(model).__name__} has no routers; convert it first with lab.convert")
+    if labels and (reason := model.routing_modes["label"]) is not None:
+        raise InputError(f"{name}: {reason}")
     was_training, kept = model.training, dataclasses.replace(model.routing)
     draws = [generator.get_state() for generator in kept.generators or ()]
     model.eval()
@@ -62,8 +64,12 @@ def trace_routing(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size
 
     Returns:
         Table `routing`, one row per token and layer: run, domain, document, position (in the block), token_id, layer, label (smallest
-        expert within theta), expert (used), probability (the router's, of the expert used), surprisal (-ln p of the token itself, nats; NaN
-        at position 0).
+        expert within theta; DynaMoE alone), expert (used), probability (the router's, of the expert used), open_values (ToMoE alone: share
+        of the dimensions of values and outputs of attention that are open for the token), surprisal (-ln p of the token itself, nats;
+        NaN at position 0).
+
+    Raises:
+        InputError: the model is not converted, there are no blocks, or its routing uses no expert (ToMoE under "full").
     """
     blocks = require_blocks(blocks, "trace_routing")
     categories = sorted(set(blocks.domain))
@@ -74,18 +80,27 @@ def trace_routing(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size
             output = model(input_ids=batch.ids.to(model.device), output_router_logits=True, use_cache=False)
             layers, tokens = len(output.experts), batch.ids.numel()
             experts = torch.stack(output.experts)  # [L, N]
+            if bool((experts < 0).any()):
+                raise InputError(
+                    f"trace_routing: routing {model.routing.mode!r} of {type(model).__name__} uses no expert; "
+                    'choose another with model.set_routing, e.g. "router"'
+                )
             probabilities = torch.stack([logits.float().softmax(-1) for logits in output.router_logits])  # [L, N, E]
             frame = pd.DataFrame({name: np.tile(values, layers) for name, values in token_columns(batch, output.logits).items()})
             frame["domain"] = pd.Categorical(frame["domain"], categories=categories)
             frame["layer"] = np.repeat(np.arange(layers, dtype=np.int16), tokens)
-            frame["label"] = torch.stack(output.labels).flatten().cpu().numpy().astype(np.int8)
+            own = {name: getattr(output, name, None) for name in ("labels", "open_values")}  # what only some methods have
+            if own["labels"] is not None:
+                frame["label"] = torch.stack(own["labels"]).flatten().cpu().numpy().astype(np.int8)
+            if own["open_values"] is not None:
+                frame["open_values"] = torch.stack(own["open_values"]).flatten().float().cpu().numpy()
             frame["expert"] = experts.flatten().cpu().numpy().astype(np.int8)
             frame["probability"] = probabilities.gather(2, experts[..., None]).flatten().cpu().numpy()
             parts.append(frame)
     routing = pd.concat(parts, ignore_index=True)
     routing.insert(0, "run", pd.Categorical([run] * len(routing), categories=[run]))
-    columns = ["run", "domain", "document", "position", "token_id", "layer", "label", "expert", "probability", "surprisal"]
-    return routing[columns]
+    token, choice = ["run", "domain", "document", "position", "token_id", "layer"], ["label", "expert", "probability", "open_values"]
+    return routing[[*token, *(name for name in choice if name in routing), "surprisal"]]
 
 
 def trace_text(
@@ -117,10 +132,13 @@ def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_
     Returns:
         run, layer, expert, fraction (of the MLP), mean, q10, q50, q90, n (tokens but position 0), sink_mean (position 0 alone, which is an
         attention sink in many models).
+
+    Raises:
+        InputError: the model is not converted, its experts are not nested (ToMoE), or there are no blocks.
     """
     blocks = require_blocks(blocks, "expert_similarity")
-    with evaluating(model, "expert_similarity", "full"):
-        collected: list[list[Tensor]] = [[] for _ in model.nested_mlps()]
+    with evaluating(model, "expert_similarity", "full", labels=True):
+        collected: list[list[Tensor]] = [[] for _ in model.routed_mlps()]
         for start in range(0, len(blocks), batch_size):
             ids = blocks.ids[start : start + batch_size].to(model.device)
             output = model(input_ids=ids, output_router_logits=True, use_cache=False, logits_to_keep=1)
@@ -131,13 +149,13 @@ def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_
         values = torch.cat(parts)  # [n, T, E]
         usual = values[:, 1:].flatten(0, 1).double().numpy()
         q10, q50, q90 = np.quantile(usual, (0.1, 0.5, 0.9), axis=0)
-        for expert, size in enumerate(model.nested_mlps()[layer].sizes):
+        for expert, size in enumerate(model.routed_mlps()[layer].sizes):
             rows.append(
                 {
                     "run": run,
                     "layer": layer,
                     "expert": expert,
-                    "fraction": size / model.nested_mlps()[layer].sizes[-1],
+                    "fraction": size / model.routed_mlps()[layer].sizes[-1],
                     "mean": usual[:, expert].mean(),
                     "q10": q10[expert],
                     "q50": q50[expert],

@@ -7,21 +7,20 @@ not installed, since these files travel with it.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .causal_lm_loss import causal_lm_loss
 from .configuration_dynamoe import CONFIG_CLASSES, DynaMoEConfig
-from .families import FAMILIES, Family, decoder_layers
+from .converted_class import converted_class
+from .families import FAMILIES, decoder_layers
 from .layer_mlp import nest_experts
-from .model_card import CARD_HEAD, model_card
+from .model_card import model_card
 from .nested_mlp import FrozenLinear, NestedMLP, labels_from_similarity
 from .routed import RoutedMixin, Routing, token_mask
 
@@ -189,38 +188,25 @@ class DynaMoEMixin(RoutedMixin):
 
     # --- saving -----------------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory, **kwargs: Any) -> None:
-        """As in transformers, safetensors only, with the code that reads it and a model card (a README.md of your own is kept)."""
-        super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
-        if not card.exists() or card.read_text(encoding="utf-8", errors="replace").startswith(CARD_HEAD):  # ours, of an earlier state
-            card.write_text(model_card(type(self).__name__, self.config), encoding="utf-8")
+    def card(self) -> str:
+        """The README.md of this model's checkpoints."""
+        return model_card(type(self).__name__, self.config)
 
 
-def _moe_model(model_type: str, family: Family) -> type[PreTrainedModel]:
-    name = f"DynaMoE{family.causal_lm.__name__}"
-    # Some families' files use other names than their modules (GPT-NeoX: embed_out); ours then have to use them, too.
-    renamed = get_checkpoint_conversion_mapping(family.causal_lm.__name__) or get_checkpoint_conversion_mapping(model_type)
-    if renamed:
-        register_checkpoint_conversion_mapping(name, renamed, overwrite=True)
-    config_class = CONFIG_CLASSES[model_type]
-    namespace = {
-        "__doc__": f"`{family.causal_lm.__name__}` whose MLPs are nested experts with a router.",
-        "__module__": __name__,
-        "__annotations__": {"config": config_class},
-        "config_class": config_class,
-    }
-    return type(name, (DynaMoEMixin, family.causal_lm), namespace)
+def _moe_model(model_type: str) -> type[PreTrainedModel]:
+    family = FAMILIES[model_type]
+    doc = f"`{family.causal_lm.__name__}` whose MLPs are nested experts with a router."
+    return converted_class("DynaMoE", DynaMoEMixin, family, CONFIG_CLASSES[model_type], doc)
 
 
-DynaMoELlamaForCausalLM = _moe_model("llama", FAMILIES["llama"])
-DynaMoEMistralForCausalLM = _moe_model("mistral", FAMILIES["mistral"])
-DynaMoEQwen2ForCausalLM = _moe_model("qwen2", FAMILIES["qwen2"])
-DynaMoEQwen3ForCausalLM = _moe_model("qwen3", FAMILIES["qwen3"])
-DynaMoEGemma3ForCausalLM = _moe_model("gemma3_text", FAMILIES["gemma3_text"])
-DynaMoEGPTNeoXForCausalLM = _moe_model("gpt_neox", FAMILIES["gpt_neox"])
-DynaMoEPhiForCausalLM = _moe_model("phi", FAMILIES["phi"])
-DynaMoEOPTForCausalLM = _moe_model("opt", FAMILIES["opt"])
+DynaMoELlamaForCausalLM = _moe_model("llama")
+DynaMoEMistralForCausalLM = _moe_model("mistral")
+DynaMoEQwen2ForCausalLM = _moe_model("qwen2")
+DynaMoEQwen3ForCausalLM = _moe_model("qwen3")
+DynaMoEGemma3ForCausalLM = _moe_model("gemma3_text")
+DynaMoEGPTNeoXForCausalLM = _moe_model("gpt_neox")
+DynaMoEPhiForCausalLM = _moe_model("phi")
+DynaMoEOPTForCausalLM = _moe_model("opt")
 
 MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     "llama": DynaMoELlamaForCausalLM,
@@ -232,6 +218,3 @@ MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     "phi": DynaMoEPhiForCausalLM,
     "opt": DynaMoEOPTForCausalLM,
 }
-for _class in MODEL_CLASSES.values():
-    _class.config_class._auto_class = "AutoConfig"  # save_pretrained copies these files beside the weights
-    _class._auto_class = "AutoModelForCausalLM"

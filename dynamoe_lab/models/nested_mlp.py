@@ -215,6 +215,10 @@ class NestedMLP(nn.Module):
         """Parameters that routing "full" uses: the dense MLP's."""
         return self.expert_params()[-1]
 
+    def dense_params(self) -> int:
+        """Parameters of the dense MLP that this one came from: all of them are here."""
+        return self.full_params()
+
     def expert_output(self, x: Tensor, expert: int) -> Tensor:
         """Output of one nested expert for every token: [..., D] -> [..., D], work proportional to the prefix."""
         size = self.sizes[expert]

@@ -37,6 +37,10 @@ class RotaryAttention(nn.Module):
         """Cosines and sines [B, T, d_h] for the dimensions that queries and keys have."""
         return cos, sin
 
+    def aligned(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated queries and all keys [B, heads, T, d] as the attention function is to get them."""
+        return queries, keys
+
     def output(self, attended: Tensor) -> Tensor:
         """[B, T, heads, d_h] -> [B, T, D]."""
         return self.o_proj(attended.flatten(2))
@@ -55,6 +59,7 @@ class RotaryAttention(nn.Module):
         queries, keys = apply_rotary_pos_emb(queries, keys, *self.rotation(*position_embeddings))
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
+        queries, keys = self.aligned(queries, keys)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, weights = attend(
             self,

@@ -1,11 +1,12 @@
-"""What all converted models share, whatever their method: who decides a token's expert, and how that is told.
+"""What all converted models share, whatever their method: who decides a token's expert, how that is told, and what a saved model says.
 
 A method's model class stands before the family's in the bases, derives from `RoutedMixin`, and answers `routed_mlps()`: one module a layer
-with a `router` ([N, D] -> [N, E]), `expert_params()` and `full_params()`. Evaluation asks for nothing else.
+with a `router` ([N, D] -> [N, E]), `expert_params()`, `full_params()` and `dense_params()`. Evaluation asks for nothing else.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -92,6 +93,20 @@ class RoutedMixin:
         if table.shape != (layers, experts) or not bool((table >= 0).all()) or not bool((table.sum(1) > 0).all()):
             raise ValueError(f"shares: need non-negative shares for {layers} layers x {experts} experts with a positive sum in each layer")
         return table
+
+    # --- saving -----------------------------------------------------------------------------------------------------------------
+
+    def card(self) -> str:
+        """The README.md of this model's checkpoints: markdown after a head of metadata, by which it is known as ours."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As in transformers, safetensors only, with the code that reads it and a model card (a README.md of your own is kept)."""
+        super().save_pretrained(save_directory, **kwargs)
+        path, text = Path(save_directory) / "README.md", self.card()
+        head = text[: text.index("\n---\n")]
+        if not path.exists() or path.read_text(encoding="utf-8", errors="replace").startswith(head):  # ours, of an earlier state
+            path.write_text(text, encoding="utf-8")
 
 
 def token_mask(attention_mask: Tensor | Mapping | None, tokens: int) -> Tensor | None:

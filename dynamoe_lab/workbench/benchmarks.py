@@ -54,12 +54,12 @@ def score_to_folder(
     """Score a dense or converted model and write `scores.parquet`, `scores.csv`, `documents.parquet` and the settings, task by task.
 
     Args:
-        model: an offline asset, a folder or a Hub id.
+        model: an offline asset, a folder or a Hub id; of a masked ToMoE checkpoint the deployed form is scored.
         output: a new or empty folder, or one that the same settings wrote: its other tasks stay.
         tasks: names or task files; none: the seven of the paper.
         limit: the first so many documents of a task; None: all.
         batch_size: sequences of a forward; None: the experiment's.
-        routing: "router" (a converted model's default), "full", "label" or an expert's index.
+        routing: "router" (a converted model's default), "full", an expert's index, or of DynaMoE "label".
         given: `key=value` experiment fields.
 
     Raises:
@@ -82,6 +82,7 @@ def score_to_folder(
     load_tasks(tasks)  # a wrong name or missing data is told before a model is loaded
     environment.seed_generators(experiment.seed, experiment.threads)
     network, tokenizer = Inputs().model(experiment)
+    network = _deployed(network, model, say)
     routing = _set_routing(network, routing, model)
     batch_size = batch_size or experiment.evaluate.batch_size
     settings = {"model": Path(model).name or model, "routing": routing, "limit": limit, "batch_size": batch_size, "dtype": experiment.dtype}
@@ -154,11 +155,21 @@ def _experiment(model: str, given: Sequence[str]) -> "Experiment":
     return experiment
 
 
+def _deployed(network: "PreTrainedModel", name: str, say: Callable[[str], None]) -> "PreTrainedModel":
+    """What is scored of a masked ToMoE checkpoint: the form that it is used in, the same function."""
+    if not hasattr(network, "layer_masks"):
+        return network
+    from dynamoe_lab.conversion import export
+
+    say(f"{name}: a masked ToMoE model; scored is its deployed form, which lab.export makes")
+    return export(network)
+
+
 def _set_routing(model: "PreTrainedModel", routing: str | None, name: str) -> str | None:
     """Route a converted model as asked; None of a dense model, which has none."""
-    from dynamoe_lab.models import DynaMoEMixin
+    from dynamoe_lab.models import RoutedMixin
 
-    if not isinstance(model, DynaMoEMixin):
+    if not isinstance(model, RoutedMixin):
         if routing is not None:
             raise InputError(
                 f"--routing {routing}: {name} is dense, it has no experts; leave --routing out, or give a converted checkpoint"
@@ -167,8 +178,8 @@ def _set_routing(model: "PreTrainedModel", routing: str | None, name: str) -> st
     routing = routing or "router"
     mode = int(routing) if routing.isdigit() else routing
     if mode == "random":
-        raise InputError("--routing random: it needs the shares of a router; give router, full, label, or an expert's index")
-    check_modes([mode], model.moe.num_experts, "--routing")
+        raise InputError("--routing random: it needs the shares of a router; give router, full, label (DynaMoE), or an expert's index")
+    check_modes([mode], model.moe.num_experts, "--routing", model.method)
     model.set_routing(mode)
     return routing
 

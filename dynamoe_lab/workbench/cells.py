@@ -1,9 +1,11 @@
 """One experiment from dense model to traced routing, through the step cache: what a sweep does for every cell of its grid.
 
 It calls the library exactly as the notebooks do, so that the steps are theirs, too: a model that a notebook trained is not trained again.
+The experiment's method decides how it is converted and trained; of ToMoE the deployed form is measured.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "Inputs", "check_modes", "run_cell", "static_cut", "time_cells"]
 
 Mode = str | int
-MODES = ("router", "label", "full", "random")  # and the index of an expert
 
 
 @dataclass
@@ -36,8 +37,13 @@ class Cell:
     active: "dict[Mode, pd.Series]"  # mode -> the whole model's row of `count_active_params`
     checkpoint: Path | None  # folder of the trained model
     train_tokens: int  # 0: not trained
-    neurons: int = 0  # of each MLP
+    neurons: int = 0  # of each dense MLP
     neuron_params: int = 0  # parameters of one neuron of every MLP together
+    dense_params: int = 0  # of the dense model
+    fractions: Any = ()  # share of the MLP that each expert runs, as analysis takes it: [E], or by layer and expert (ToMoE)
+    union_coverage: float = math.nan  # ToMoE: share of all neurons that some expert has
+    masks: "pd.DataFrame | None" = None  # ToMoE: table `masks`, the neurons of every expert
+    divergences: "pd.DataFrame | None" = None  # ToMoE under "router": document, domain, kl (to the dense model, nats), tokens
     settings: dict[str, Any] = field(default_factory=dict)  # the fields that a sweep set, by dotted name
 
 
@@ -78,31 +84,44 @@ class Inputs:
             self._blocks[key] = load_blocks(text, tokenizer, context=data.context, tokens=tokens, split=split, seed=experiment.seed)
         return self._blocks[key]
 
-    def converted(self, experiment: "Experiment", statistics: "pd.DataFrame") -> "PreTrainedModel":
-        """The converted model, routed by its routers; cells that differ in settings that shape no weight share one conversion."""
+    def converted(self, experiment: "Experiment", statistics: "pd.DataFrame | None") -> "PreTrainedModel":
+        """The converted model, routed by its routers; cells that differ in settings that shape no weight share one conversion.
+
+        Args:
+            statistics: of `calibrate`, for a method whose conversion needs them.
+        """
         from dynamoe_lab.conversion import convert
 
         dense, _ = self.model(experiment)
+        method = experiment.method_config
         key, model = self._converted if self._converted else (None, None)
-        if key is not None and key.equals(statistics):
+        if key is not None and statistics is not None and key.equals(statistics):
             with contextlib.suppress(ValueError):  # other weights: converted below
-                model.reconfigure(experiment.dynamoe)
+                model.reconfigure(method)
                 model.set_routing("router")
                 return model
         self._converted = None  # frees its memory before the next one needs it
-        model = convert(dense, experiment.dynamoe, statistics=statistics)
+        if statistics is None:
+            return convert(dense, method)
+        model = convert(dense, method, statistics=statistics)
         self._converted = (statistics, model)
         return model
 
 
-def check_modes(modes: Sequence[Mode], experts: int, where: str) -> None:
-    """Raise `InputError` unless every mode is one of router, label, full, random or an expert's index below `experts`."""
+def check_modes(modes: Sequence[Mode], experts: int, where: str, method: str = "dynamoe") -> None:
+    """Raise `InputError` unless every mode is one that the method has, or an expert's index below `experts`."""
+    from dynamoe_lab.models import DynaMoEMixin, ToMoEMixin
+
+    known = {"dynamoe": DynaMoEMixin, "tomoe": ToMoEMixin}[method].routing_modes
     if not modes:
         raise InputError(f"{where}: no modes; give e.g. [router]")
+    names = ", ".join(name for name, reason in known.items() if reason is None)
     for mode in modes:
-        fits = mode in MODES if isinstance(mode, str) else isinstance(mode, int) and not isinstance(mode, bool) and 0 <= mode < experts
+        if isinstance(mode, str) and known.get(mode) is not None:
+            raise InputError(f"{where}: mode {mode!r}: {known[mode]}")
+        fits = mode in known if isinstance(mode, str) else isinstance(mode, int) and not isinstance(mode, bool) and 0 <= mode < experts
         if not fits:
-            raise InputError(f"{where}: mode {mode!r}: give {', '.join(MODES)}, or an expert's index from 0 to {experts - 1}")
+            raise InputError(f"{where}: mode {mode!r}: give {names}, or an expert's index from 0 to {experts - 1}")
 
 
 def run_cell(
@@ -111,11 +130,13 @@ def run_cell(
     """Convert, train and measure one experiment.
 
     Args:
-        experiment: `train.steps = 0` leaves the model as it was converted. With `dynamoe.train_route` an expert's index (a fixed width for
-            every token: the static control) the modes "router" and "random" are that index, for its routers were never followed: drawing
-            with all shares on one expert is that expert.
-        modes: routings that are measured on the held-out text: "router", "label", "full", an expert's index, or "random", drawn with the
-            router's own shares in every layer from `experiment.seed`.
+        experiment: `train.steps = 0` (ToMoE: `tomoe_train.steps`) leaves the model as it was converted. Where `eval_steps` asks for it,
+            training measures the held-out text. With `dynamoe.train_route` an expert's index (a fixed width for every token: the static
+            control) the modes "router" and "random" are that index, for its routers were never followed: drawing with all shares on one
+            expert is that expert.
+        modes: routings that are measured on the held-out text: "router", "full", an expert's index, "random", drawn with the router's own
+            shares in every layer from `experiment.seed`, and of DynaMoE "label". A ToMoE model is exported first: what is measured is the
+            deployed form, of which "full" is all neurons that some expert has.
         step: calls a function through the step cache, as `Run.step` does.
         inputs: where models and blocks come from; cells that are given the same one share them.
 
@@ -123,22 +144,22 @@ def run_cell(
         InputError: a mode that this experiment does not have, and whatever the steps refuse.
     """
     from dynamoe_lab.analysis import expert_usage, routed_losses
-    from dynamoe_lab.conversion import calibrate
-    from dynamoe_lab.evaluation import count_active_params, document_losses, trace_routing
+    from dynamoe_lab.evaluation import count_active_params, document_divergences, document_losses, trace_routing
     from dynamoe_lab.loading import load_model
     from dynamoe_lab.training import train
 
-    method = experiment.dynamoe
-    check_modes(modes, method.num_experts, "run_cell")
+    method, training = experiment.method_config, experiment.train_config
+    check_modes(modes, method.num_experts, "run_cell", experiment.method)
     inputs = Inputs() if inputs is None else inputs
     dense, tokenizer = inputs.model(experiment)
-    statistics = step(calibrate, dense, inputs.blocks(experiment, "calibration"))
-    model = inputs.converted(experiment, statistics)
+    model = _converted(experiment, step, inputs)
     steps, checkpoint = None, None
-    if experiment.train.steps:
-        steps, folder = step(train, model, inputs.blocks(experiment, "train"), experiment.train, tokenizer=tokenizer)
+    if training.steps:
+        measured = {"heldout": inputs.blocks(experiment, "heldout")} if training.eval_steps else {}
+        steps, folder = step(train, model, inputs.blocks(experiment, "train"), training, tokenizer=tokenizer, **measured)
         checkpoint = folder / "checkpoint"
         model, _ = load_model(checkpoint, dtype=experiment.dtype, device=experiment.device)
+    model, found = _measurable(experiment, model)
     heldout = inputs.blocks(experiment, "heldout")
     measured = {"batch_size": experiment.evaluate.batch_size}
     reference = step(document_losses, dense, heldout, **measured)
@@ -154,11 +175,11 @@ def run_cell(
     for mode in modes:
         width = _followed(experiment, mode)
         if width == "random":
-            shares = expert_usage(routed_by_routers(), theta=method.theta, experts=method.num_experts)
+            shares = expert_usage(routed_by_routers(), experts=method.num_experts)
             model.set_routing("random", shares=shares, seed=experiment.seed)
         else:
             model.set_routing(width)
-        if width == "full" or isinstance(width, int):  # no routing to trace, and only the prefix to compute
+        if width == "full" or isinstance(width, int):  # no routing to trace, and only the chosen neurons to compute
             active[mode] = count_active_params(model, run=str(mode)).iloc[-1]
             losses[mode] = step(document_losses, model, heldout, **measured)
             losses[mode]["positions"] = losses[mode]["tokens"]
@@ -166,7 +187,11 @@ def run_cell(
         else:
             traces[mode] = routed_by_routers() if mode == "router" else step(trace_routing, model, heldout, **measured, run=mode)
             active[mode] = count_active_params(model, traces[mode], run=mode).iloc[-1]
-            losses[mode] = routed_losses(traces[mode], fractions=method.experts)
+            losses[mode] = routed_losses(traces[mode], fractions=found["fractions"])
+    if experiment.method == "tomoe" and "router" in modes:
+        model.set_routing("router")
+        found["divergences"] = step(document_divergences, model, heldout, reference=dense, **measured)
+    neurons, neuron_params = _neurons(dense)
     return Cell(
         experiment=experiment,
         steps=steps,
@@ -176,14 +201,41 @@ def run_cell(
         active=active,
         checkpoint=checkpoint,
         train_tokens=0 if steps is None else int(steps["tokens"].iloc[-1]),
-        neurons=model.nested_mlps()[0].sizes[-1],
-        neuron_params=sum(_neuron_params(mlp) for mlp in model.nested_mlps()),
+        neurons=neurons,
+        neuron_params=neuron_params,
+        dense_params=dense.num_parameters(),
+        **found,
     )
+
+
+def _converted(experiment: "Experiment", step: Callable[..., Any], inputs: Inputs) -> "PreTrainedModel":
+    """The model as it is before training; calibrated first where the method's conversion needs it."""
+    from dynamoe_lab.conversion import calibrate
+
+    if experiment.method == "tomoe":
+        return inputs.converted(experiment, None)
+    dense, _ = inputs.model(experiment)
+    return inputs.converted(experiment, step(calibrate, dense, inputs.blocks(experiment, "calibration")))
+
+
+def _measurable(experiment: "Experiment", model: "PreTrainedModel") -> "tuple[PreTrainedModel, dict[str, Any]]":
+    """The form of a model that is measured, and what a cell keeps of it."""
+    if experiment.method == "dynamoe":
+        return model, {"fractions": experiment.dynamoe.experts}
+    from dynamoe_lab.conversion import export
+    from dynamoe_lab.evaluation import expert_fractions, expert_masks
+    from dynamoe_lab.models import family_of
+
+    masks, deployed = expert_masks(model), export(model)
+    width = getattr(model.config, family_of(model.config.model_type).intermediate_size)
+    union = deployed.config.moe["union_sizes"]
+    found = {"fractions": expert_fractions(deployed), "masks": masks, "union_coverage": sum(union) / (len(union) * width)}
+    return deployed, found
 
 
 def _followed(experiment: "Experiment", mode: Mode) -> Mode:
     """Who really decides under a mode: a model that was trained at one width goes that way, its routers were never followed."""
-    route = experiment.dynamoe.train_route
+    route = getattr(experiment.method_config, "train_route", None)
     return route if mode in ("router", "random") and isinstance(route, int) else mode
 
 
@@ -225,42 +277,58 @@ def time_cells(cells: Sequence[Cell], *, step: Callable[..., Any], pairs: int = 
 
 
 def _weights(cell: Cell, step: Callable[..., Any], inputs: Inputs) -> "PreTrainedModel":
-    """The model that a cell measured: its checkpoint, or the conversion where nothing was trained."""
-    from dynamoe_lab.conversion import calibrate
+    """The model that a cell measured: of its checkpoint, or of the conversion where nothing was trained."""
     from dynamoe_lab.loading import load_model
 
     experiment = cell.experiment
     if cell.checkpoint is not None:
-        return load_model(cell.checkpoint, dtype=experiment.dtype, device=experiment.device)[0]
-    dense, _ = inputs.model(experiment)
-    return inputs.converted(experiment, step(calibrate, dense, inputs.blocks(experiment, "calibration")))
+        model, _ = load_model(cell.checkpoint, dtype=experiment.dtype, device=experiment.device)
+    else:
+        model = _converted(experiment, step, inputs)
+    return _measurable(experiment, model)[0]
 
 
-def _neuron_params(mlp: Any) -> int:
-    shared = 0 if mlp.down.bias is None else mlp.down.bias.numel()
-    return (mlp.full_params() - shared) // mlp.sizes[-1]
+def _neurons(dense: "PreTrainedModel") -> tuple[int, int]:
+    """Neurons of each MLP, and the parameters of one neuron of every MLP together: rows of gate and up, a column of down, biases within."""
+    from dynamoe_lab.models import decoder_layers, family_of
+
+    family = family_of(dense.config.model_type)
+    neurons, params = getattr(dense.config, family.intermediate_size), 0
+    for layer in decoder_layers(dense):
+        held = [getattr(family.holder(layer), name) for name in family.projections]
+        shared = 0 if held[-1].bias is None else held[-1].bias.numel()
+        params += (sum(parameter.numel() for linear in held for parameter in linear.parameters()) - shared) // neurons
+    return neurons, params
 
 
 def static_cut(cell: Cell) -> dict[str, Any] | None:
-    """The static control of a routed cell: one width for all tokens, trained the same way, that costs what the routed model costs.
+    """The static control of a routed cell: one width for all tokens, trained with as many, that costs what the routed model costs.
 
     The cut asks no router, so at the same number of active parameters its MLPs are wider than the routed model's are on average: its width
-    is the largest multiple of 1/1000 of the MLP whose parameters are no more than those of the cell's active MLPs and routers.
+    is the largest multiple of 1/1000 of the MLP whose parameters are no more than those of the cell's active MLPs and routers. What a ToMoE
+    model saves in attention, its cut has to save in the MLPs, too.
 
     Args:
         cell: a cell with mode "router".
 
     Returns:
         Settings for `run.sweep(cells=[...], modes=["router"])`: theta and train.seed of the cell, experts [width, 1.0], every token sent to
-        the first, no router loss; other fields are those of the run. None if the dense model is as cheap.
+        the first, no router loss; other fields are those of the run. Of a ToMoE cell: method dynamoe, with its steps, batches and seed.
+        None if the dense model is as cheap.
 
     Raises:
         InputError: the cell was measured without mode "router".
     """
     if "router" not in cell.active:
         raise InputError(f"static_cut: the cell has no mode 'router' but {', '.join(map(str, cell.active))}; measure it with router, too")
-    active = cell.active["router"]
+    active, experiment = cell.active["router"], cell.experiment
     total, budget = float(active["mlp_total"]), float(active["mlp_active"] + active["router"])
+    if experiment.method == "dynamoe":
+        settings = {"dynamoe.theta": experiment.dynamoe.theta, "train.seed": experiment.train.seed}
+    else:
+        budget += float(active["other"]) - (cell.dense_params - total)
+        training = {name: getattr(experiment.tomoe_train, name) for name in ("steps", "batch_size", "accumulation", "seed")}
+        settings = {"method": "dynamoe", **{f"train.{name}": value for name, value in training.items()}}
     if budget >= total:
         return None
     thousandths = int(1000 * budget // total)
@@ -268,8 +336,7 @@ def static_cut(cell: Cell) -> dict[str, Any] | None:
     while neurons and thousandths > 1 and total - (neurons - round(thousandths / 1000 * neurons)) * cell.neuron_params > budget:
         thousandths -= 1  # a width becomes whole neurons, and this one was rounded up
     return {
-        "dynamoe.theta": cell.experiment.dynamoe.theta,
-        "train.seed": cell.experiment.train.seed,
+        **settings,
         "dynamoe.experts": [thousandths / 1000, 1.0],
         "dynamoe.train_route": 0,
         "dynamoe.lambda_router": 0.0,

@@ -1,4 +1,4 @@
-"""`dynamoe-lab convert` and `train`: the library on one model, from a shell, into a folder that any transformers script can load."""
+"""`dynamoe-lab convert`, `train` and `export`: the library on one model, from a shell, into a folder that any transformers script loads."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from dynamoe_lab.workbench.steps import run_step
 if TYPE_CHECKING:
     from dynamoe_lab.config import Experiment
 
-__all__ = ["convert_to_folder", "train_to_folder"]
+__all__ = ["convert_to_folder", "export_to_folder", "train_to_folder"]
 
 SETTINGS = "dynamoe_lab.json"  # beside the weights: the experiment that made them
 
@@ -31,10 +31,42 @@ def _experiment(model: str, profile: str, given: Sequence[str]) -> "Experiment":
 
 
 def _described(model: Any) -> str:
-    routers = sum(parameter.numel() for mlp in model.nested_mlps() for parameter in mlp.router.parameters())
+    """Experts and parameters of a converted model; a stock Mixtral, which knows nothing of us, says them in its own words."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    experts = ", ".join(f"{fraction:.0%}" for fraction in model.moe.experts)
-    return f"{model.moe.num_experts} nested experts ({experts} of each MLP), {total:,} parameters, {routers:,} of them in routers"
+    if not hasattr(model, "routed_mlps"):
+        config = model.config
+        return f"{config.num_local_experts} experts of {config.intermediate_size} neurons in every MLP, {total:,} parameters"
+    if model.method == "dynamoe":
+        experts = ", ".join(f"{fraction:.0%}" for fraction in model.moe.experts)
+        routers = sum(parameter.numel() for mlp in model.routed_mlps() for parameter in mlp.router.parameters())
+        return f"{model.moe.num_experts} nested experts ({experts} of each MLP), {total:,} parameters, {routers:,} of them in routers"
+    widths = [params / mlp.dense_params() for mlp in model.routed_mlps() for params in mlp.expert_params()]
+    return f"{model.moe.num_experts} experts, on average {sum(widths) / len(widths):.1%} of an MLP, {total:,} parameters"
+
+
+def _new_folder(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: not an empty folder; choose another --output, or remove it")
+
+
+def _save(model: Any, tokenizer: Any, output: Path, settings: dict[str, Any]) -> None:
+    """Checkpoint, tokenizer and settings into a folder that is new or empty, all at once or not at all; config.json comes last."""
+    folder = Path(os.path.abspath(output))  # `.` has no name of its own
+    there, name = folder.exists(), f".{folder.name}.{os.getpid()}.tmp"
+    scratch = folder / name if there else folder.with_name(name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with told_when_full(output, "free some, or choose another --output"):
+        try:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            write_json(scratch / SETTINGS, without_paths(json.loads(json.dumps(settings))))
+            if there:
+                for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):
+                    os.replace(path, folder / path.name)
+            else:
+                os.replace(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def convert_to_folder(
@@ -46,77 +78,122 @@ def convert_to_folder(
         model: an offline asset, a folder or a Hub id.
         output: a folder that does not exist yet, or is empty; one that exists stays the same folder (a shell may stand in it), and
             config.json, without which nothing loads it, comes last.
-        given: `key=value` experiment fields.
+        given: `key=value` experiment fields; `method=tomoe` makes a masked ToMoE model.
 
     Raises:
         InputError: `output` holds something, or what loading and converting refuse.
     """
     from dynamoe_lab.conversion import convert
 
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: not an empty folder; choose another --output, or remove it")
+    _new_folder(output)
     experiment = _experiment(model, profile, given)
+    _check_given(given, model, experiment.method, converted=False)
     environment.seed_generators(experiment.seed, experiment.threads)
     inputs = Inputs()
     dense, tokenizer = inputs.model(experiment)
-    converted = convert(dense, experiment.dynamoe, calibration=inputs.blocks(experiment, "calibration"))
-    folder = Path(os.path.abspath(output))  # `.` has no name of its own
-    there, name = folder.exists(), f".{folder.name}.{os.getpid()}.tmp"
-    scratch = folder / name if there else folder.with_name(name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with told_when_full(output, "free some, or choose another --output"):
-        try:
-            converted.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-            write_json(scratch / SETTINGS, without_paths(json.loads(json.dumps(asdict(experiment)))))
-            if there:
-                for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):
-                    os.replace(path, folder / path.name)
-            else:
-                os.replace(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    text = {"calibration": inputs.blocks(experiment, "calibration")} if experiment.method == "dynamoe" else {}
+    converted = convert(dense, experiment.method_config, **text)
+    _save(converted, tokenizer, output, asdict(experiment))
     say(f"{_described(converted)}\nconverted: {output}")
+
+
+def export_to_folder(checkpoint: str, output: Path, *, form: str = "tomoe", say: Callable[[str], None] = print) -> None:
+    """Export a masked ToMoE checkpoint to its deployed form, with the tokenizer, all at once or not at all.
+
+    Args:
+        checkpoint: a masked ToMoE model, trained or not: a folder or a Hub id.
+        output: a folder that does not exist yet, or is empty.
+        form: "tomoe", or "mixtral": stock transformers classes, which need experts of equal width and whole attention.
+
+    Raises:
+        InputError: `output` holds something, no masked ToMoE model, or one that the form cannot hold.
+    """
+    from dynamoe_lab.conversion import export
+    from dynamoe_lab.loading import load_model
+
+    _new_folder(output)
+    masked, tokenizer = load_model(checkpoint)
+    deployed = export(masked, form=form)
+    _save(deployed, tokenizer, output, {"form": form, "moe": masked.config.moe})
+    say(f"{_described(deployed)}\nexported: {output}")
+
+
+def _check_given(given: Sequence[str], model: str, method: str, *, converted: bool) -> None:
+    """Refuse fields that this training would not read: those of another method, and a converted model's own."""
+    from dynamoe_lab.config import METHODS, unread_section
+
+    own, training = METHODS[method]
+    for pair in given:
+        name = pair.partition("=")[0]
+        if converted and (name.startswith(f"{own}.") or name == "method") and pair != f"method={method}":
+            raise InputError(
+                f"-p {pair}: {model} is converted already and keeps its settings; convert its dense parent again to change them"
+            )
+        if (section := unread_section(name, method)) is not None:
+            hint = f"give -p {training}.{pair.partition('.')[2]}" if section.endswith("train") else f"its own settings are {own}.*"
+            raise InputError(f"-p {pair}: method {method} does not read {section}.*; {hint}")
+
+
+def _check_steps(experiment: "Experiment") -> None:
+    section = experiment.train_config.section
+    if not experiment.train_config.steps:
+        raise InputError(f"{section}.steps = 0: there is nothing to train; give -p {section}.steps=40, or use dynamoe-lab convert")
 
 
 def train_to_folder(
     model: str, output: Path, *, profile: str = "quick", given: Sequence[str] = (), home: Path, say: Callable[[str], None] = print
 ) -> None:
-    """Train a model's routers and MLPs; a dense one is converted first. The same call goes on with a stopped run.
+    """Train a converted model; a dense one is converted first, as `method` says. The same call goes on with a stopped run.
 
     Args:
         model: a converted checkpoint, or a dense model by any name that `load_model` takes.
-        output: gets `checkpoint/` (with the tokenizer), `steps.csv`, and the experiment with the model's own dynamoe.* settings.
-        given: `key=value` experiment fields. A converted checkpoint has its own dynamoe.* settings.
+        output: gets `checkpoint/` (with the tokenizer), `steps.csv`, and the experiment with the model's own settings.
+        given: `key=value` experiment fields. A converted checkpoint has its own method and dynamoe.* or tomoe.* settings.
 
     Raises:
-        InputError: `output` holds something that is no such run, dynamoe.* was given for a converted checkpoint, train.steps is 0.
+        InputError: `output` holds something that is no such run, a field was given that the model does not read, there are no steps.
     """
+    from dynamoe_lab.config import METHODS
     from dynamoe_lab.conversion import calibrate, convert
-    from dynamoe_lab.models import DynaMoEMixin
+    from dynamoe_lab.models import RoutedMixin
     from dynamoe_lab.training import train
 
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "train.json").is_file())):
         raise InputError(f"{output}: not an empty folder, and no run to go on with; choose another --output, or remove it")
     experiment = _experiment(model, profile, given)
-    if not experiment.train.steps:
-        raise InputError("train.steps = 0: there is nothing to train; give -p train.steps=40, or use dynamoe-lab convert")
+    _check_steps(experiment)
+    if any(pair.startswith("method=") for pair in given):  # else a converted model decides, and it has to be loaded first
+        _check_given(given, model, experiment.method, converted=False)
     environment.seed_generators(experiment.seed, experiment.threads)
     inputs = Inputs()
     network, tokenizer = inputs.model(experiment)
-    if not isinstance(network, DynaMoEMixin):
+    if converted := isinstance(network, RoutedMixin):
+        experiment = replace(experiment, method=network.method)
+    _check_given(given, model, experiment.method, converted=converted)
+    _check_steps(experiment)  # the method may be another than was thought
+    settings = experiment.train_config
+    if not converted:
         say(f"{model} is dense: converting it")
-        statistics = run_step(calibrate, (network, inputs.blocks(experiment, "calibration")), home=home).value
-        network = convert(network, experiment.dynamoe, statistics=statistics)
-    elif own := [pair for pair in given if pair.startswith("dynamoe.")]:
-        raise InputError(f"-p {own[0]}: {model} is converted already and keeps its settings; convert its dense parent again to change them")
+        text = {}
+        if experiment.method == "dynamoe":
+            text["statistics"] = run_step(calibrate, (network, inputs.blocks(experiment, "calibration")), home=home).value
+        network = convert(network, experiment.method_config, **text)
     blocks = inputs.blocks(experiment, "train")
+    measured = {"heldout": inputs.blocks(experiment, "heldout")} if settings.eval_steps else {}
     folder = Path(os.path.abspath(output))
     with told_when_full(output, "free some, or choose another --output"):
-        steps = train(network, blocks, experiment.train, output_dir=folder, tokenizer=tokenizer)
-        write_json(folder / SETTINGS, without_paths(json.loads(json.dumps(asdict(replace(experiment, dynamoe=network.moe))))))
+        steps = train(network, blocks, settings, output_dir=folder, tokenizer=tokenizer, **measured)
+        own = replace(experiment, **{METHODS[experiment.method][0]: network.moe})
+        write_json(folder / SETTINGS, without_paths(json.loads(json.dumps(asdict(own)))))
         write_atomic(folder / "steps.csv", steps.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     last = steps.iloc[-1]
-    reached = f"LM loss {last['lm_loss']:.3f}, router accuracy {last['router_accuracy']:.1%} in the last step"
-    say(f"{_described(network)}\n{int(last['step'])} steps, {int(last['tokens']):,} tokens: {reached}")
+    say(f"{_described(network)}\n{int(last['step'])} steps, {int(last['tokens']):,} tokens: {_reached(last)} in the last step")
     say(f"trained: {output / 'checkpoint'}\nsteps: {output / 'steps.csv'}")
+
+
+def _reached(last: Any) -> str:
+    """How far training came, from the last row of the steps frame."""
+    if "router_accuracy" in last:
+        return f"LM loss {last['lm_loss']:.3f}, router accuracy {last['router_accuracy']:.1%}"
+    ratios = f"active ratio {last['active_ratio_mean']:.1%} (by the largest widths {last['active_ratio_max']:.1%})"
+    return f"KL {last['kl_loss']:.3f} nats, {ratios}, union coverage {last['union_coverage']:.1%}"

@@ -1,4 +1,4 @@
-"""The command line: `dynamoe-lab run`, `sweep`, `convert`, `train`, `eval`, `compare`, `ls`, `show`, `report`, `doctor`.
+"""The command line: `dynamoe-lab run`, `sweep`, `convert`, `train`, `export`, `eval`, `compare`, `ls`, `show`, `report`, `doctor`.
 
 Thin: every command is a call of a function of the workbench.
 
@@ -156,7 +156,7 @@ def convert(
     profile: _Profile = "quick",
     parameter: _Fields = None,
 ) -> None:
-    """Convert a dense model to nested experts with fresh routers: checkpoint and tokenizer in one folder."""
+    """Convert a dense model to nested experts with fresh routers, or with -p method=tomoe to a masked ToMoE model, ready to train."""
     from dynamoe_lab.workbench.checkpoints import convert_to_folder
 
     convert_to_folder(model, output, profile=profile, given=parameter or (), say=typer.echo)
@@ -170,7 +170,7 @@ def train(
     profile: _Profile = "quick",
     parameter: _Fields = None,
 ) -> int:
-    """Train routers and MLPs. Stopped or killed, the same command goes on from the last complete checkpoint."""
+    """Train a converted model (-p method=tomoe: ToMoE). Stopped or killed, the same command goes on from the last complete checkpoint."""
     from dynamoe_lab.assets import home
     from dynamoe_lab.training import TrainingDiverged
     from dynamoe_lab.workbench.checkpoints import train_to_folder
@@ -181,6 +181,21 @@ def train(
         typer.echo(f"dynamoe-lab: training diverged: {error}", err=True)
         return 1
     return 0
+
+
+@app.command()
+@_answering
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A masked ToMoE checkpoint: a folder of convert or train.")],
+    output: Annotated[Path, typer.Option(help="A folder that is new or empty.")],
+    form: Annotated[
+        str, typer.Option(help="tomoe, or mixtral: stock transformers classes, for experts of equal width and whole attention.")
+    ] = "tomoe",
+) -> None:
+    """Export a ToMoE model to its deployed form: experts on their own neurons, queries and keys sliced."""
+    from dynamoe_lab.workbench.checkpoints import export_to_folder
+
+    export_to_folder(checkpoint, output, form=form, say=typer.echo)
 
 
 @app.command("eval")

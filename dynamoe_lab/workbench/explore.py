@@ -48,7 +48,7 @@ def explorer(
     """A text box with two buttons: colour this text, and continue it. Shows `text` at once; bad input is told below the box.
 
     Args:
-        model: a converted model; its routing at the moment of the click counts.
+        model: a converted model of any method; its routing at the moment of the click counts.
         text: what stands in the box at first.
         new_tokens: length of a continuation.
         max_tokens: longest text that is traced.
@@ -56,7 +56,7 @@ def explorer(
     import ipywidgets
 
     from dynamoe_lab.analysis.tokens import render_tokens
-    from dynamoe_lab.evaluation import trace_text
+    from dynamoe_lab.evaluation import expert_fractions, trace_text
 
     box = ipywidgets.Textarea(value=text, layout=ipywidgets.Layout(width="100%", height="90px"), placeholder="Write a sentence")
     colour = ipywidgets.Button(description="Colour", tooltip="Trace this text", button_style="primary")
@@ -70,7 +70,7 @@ def explorer(
             if grow:
                 box.value = continue_text(model, tokenizer, box.value, new_tokens=new_tokens)
             routing = trace_text(model, tokenizer, box.value, max_tokens=max_tokens)
-            shown.value = render_tokens(routing, fractions=model.moe.experts)
+            shown.value = render_tokens(routing, fractions=expert_fractions(model))
         except InputError as error:
             shown.value = f"<p style='color:#a00'>{html.escape(str(error))}</p>"
         finally:

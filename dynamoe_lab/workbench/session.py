@@ -322,6 +322,7 @@ class Run:
         torch = sys.modules.get("torch")
         data, method = asdict(experiment.data), asdict(experiment.dynamoe)
         seeds = {"experiment": experiment.seed, "train": experiment.train.seed, **{k: v for k, v in method.items() if k.endswith("_seed")}}
+        seeds |= {"tomoe": experiment.tomoe.seed, "tomoe_train": experiment.tomoe_train.seed}
         return Environment(
             commit=commit,
             dirty=dirty,

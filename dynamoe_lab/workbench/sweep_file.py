@@ -7,7 +7,9 @@
       dynamoe.importance: [l2_down, random]
     cells:                              # single cells, beside the grid or instead of it
       - {dynamoe.importance: l2, dynamoe.theta: 0.8}
-    modes: [router, label]              # router, label, full, random, or an expert's index
+    modes: [router, label]              # router, label (not of ToMoE), full, random, or an expert's index
+
+`overrides: [method=tomoe]` makes it a sweep of ToMoE, whose fields are tomoe.* and tomoe_train.*; `method` may also be an axis.
 
 Everything that can be wrong in it is found before anything runs.
 """
@@ -68,10 +70,10 @@ class Sweep(SweepFile):
         """Every cell with its whole experiment: profile < the file's overrides < `overrides` < the cell.
 
         Raises:
-            InputError: an unknown field, an impossible value, a mode that a cell does not have, an axis that is no list or empty, a cell
-                that is no mapping, no cell, or two cells that are the same experiment.
+            InputError: an unknown field, one that a cell's method does not read, an impossible value, a mode that a cell does not have, an
+                axis that is no list or empty, a cell that is no mapping, no cell, or two cells that are the same experiment.
         """
-        from dynamoe_lab.config import field_names, load_experiment
+        from dynamoe_lab.config import METHODS, field_names, load_experiment, unread_section
 
         for cell in self.cells:
             if not isinstance(cell, Mapping):
@@ -100,7 +102,12 @@ class Sweep(SweepFile):
                 experiment = load_experiment(profile or self.profile, [*base, *own])
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
-            check_modes(self.modes, experiment.dynamoe.num_experts, where)
+            method = experiment.method
+            if other := [name for name in settings if unread_section(name, method)]:
+                raise InputError(
+                    f"{where}: method {method} does not read {other[0]}; vary {' and '.join(f'{x}.*' for x in METHODS[method])}"
+                )
+            check_modes(self.modes, experiment.method_config.num_experts, where, method)
             same = json.dumps(asdict(experiment), sort_keys=True)
             if same in seen:
                 raise InputError(f"{where} is the same experiment as cell {seen[same]}; leave one of them out")

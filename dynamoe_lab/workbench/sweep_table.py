@@ -30,7 +30,9 @@ def sweep_table(result: "SweepResult") -> "pd.DataFrame":
         cell (number, from 1), a column for every field that the sweep varies (a list as its text), mode, metric, value, low, high, n
         (documents), active_mlp_fraction (of the mode), active_params, train_tokens, status ("ok" or "failed"), error. Metrics:
         perplexity_ratio (to the dense model, paired by document), active_mlp_fraction, and for mode "router" of a model whose routers
-        choose: router_accuracy and majority_accuracy (always answering each layer's commonest label). Intervals come from resampling
+        choose: of DynaMoE router_accuracy and majority_accuracy (always answering each layer's commonest label); of ToMoE
+        heldout_kl (of the next token to the dense model's, nats), active_params_fraction (of the dense model's parameters, for attention is
+        pruned, too) and union_coverage (share of neurons that some expert has, which needs no sample). Intervals come from resampling
         documents. A cell that failed has one row without mode and metric.
     """
     import pandas as pd
@@ -66,9 +68,9 @@ def read_sweep(path: str | Path) -> "pd.DataFrame":
 
 
 def _measured(cell: Cell) -> list[dict[str, Any]]:
-    from dynamoe_lab.analysis import active_fraction, perplexity_ratio, router_chance
+    from dynamoe_lab.analysis import active_fraction, perplexity_ratio
 
-    method, measure = cell.experiment.dynamoe, cell.experiment.evaluate
+    measure = cell.experiment.evaluate
     interval = {"confidence": measure.confidence, "resamples": measure.bootstrap}
     rows = []
     for mode, losses in cell.losses.items():
@@ -80,14 +82,42 @@ def _measured(cell: Cell) -> list[dict[str, Any]]:
         if trace is None:  # a fixed width, known without a sample
             found.append(("active_mlp_fraction", *[base["active_mlp_fraction"]] * 3, ratio["n"]))
         else:
-            share = _pooled(active_fraction(trace, theta=method.theta, fractions=method.experts, **interval))
+            share = _pooled(active_fraction(trace, fractions=cell.fractions, **interval))
             found.append(("active_mlp_fraction", share["active_fraction"], share["low"], share["high"], share["documents"]))
-        if mode == "router" and trace is not None:
-            chance = _pooled(router_chance(trace, theta=method.theta, experts=method.num_experts, **interval))
-            found.append(("router_accuracy", *(chance[f"accuracy{end}"] for end in ("", "_low", "_high")), chance["documents"]))
-            found.append(("majority_accuracy", chance["majority"], None, None, chance["documents"]))
+        if mode == "router" and cell.experiment.method == "tomoe":
+            found += _mask_metrics(cell, share, interval)
+        elif mode == "router" and trace is not None:
+            found += _router_metrics(cell, interval)
         rows += [base | dict(zip(("metric", "value", "low", "high", "n"), values, strict=True)) for values in found]
     return rows
+
+
+def _router_metrics(cell: Cell, interval: dict[str, Any]) -> list[tuple]:
+    """How often DynaMoE's routers gave the label, beside the commonest label: metric, value, low, high, n."""
+    from dynamoe_lab.analysis import router_chance
+
+    method = cell.experiment.dynamoe
+    chance = _pooled(router_chance(cell.traces["router"], theta=method.theta, experts=method.num_experts, **interval))
+    accuracy = (chance[f"accuracy{end}"] for end in ("", "_low", "_high"))
+    return [
+        ("router_accuracy", *accuracy, chance["documents"]),
+        ("majority_accuracy", chance["majority"], None, None, chance["documents"]),
+    ]
+
+
+def _mask_metrics(cell: Cell, share: "pd.Series", interval: dict[str, Any]) -> list[tuple]:
+    """What ToMoE's masks leave of the model: metric, value, low, high, n; `share`: the pooled row of `active_fraction`."""
+    from dynamoe_lab.analysis.statistics import ratio_of_sums
+
+    divergences, active = cell.divergences, cell.active["router"]
+    kl = ratio_of_sums(divergences["kl"], divergences["tokens"], **interval)
+    others = active["active_params"] - active["mlp_active"]  # the same for every token
+    params = [(others + share[end] * active["mlp_total"]) / cell.dense_params for end in ("active_fraction", "low", "high")]
+    return [
+        ("heldout_kl", kl.value, kl.low, kl.high, kl.n),
+        ("active_params_fraction", *params, share["documents"]),
+        ("union_coverage", *[cell.union_coverage] * 3, kl.n),
+    ]
 
 
 def _pooled(frame: "pd.DataFrame") -> "pd.Series":

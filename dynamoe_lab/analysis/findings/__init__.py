@@ -13,6 +13,13 @@ from dynamoe_lab.analysis.findings.latency import cost_growth_finding, latency_f
 from dynamoe_lab.analysis.findings.model import active_params_finding, conversion_finding, perplexity_finding, training_finding
 from dynamoe_lab.analysis.findings.pareto import pareto_finding, static_finding
 from dynamoe_lab.analysis.findings.router import neighbour_finding, router_finding
+from dynamoe_lab.analysis.findings.tomoe import (
+    mask_stability_finding,
+    pruned_params_finding,
+    specialisation_finding,
+    tomoe_training_finding,
+    union_finding,
+)
 from dynamoe_lab.analysis.findings.usage import domain_finding, usage_finding
 
 __all__ = [
@@ -28,12 +35,17 @@ __all__ = [
     "domain_finding",
     "label_share_finding",
     "latency_finding",
+    "mask_stability_finding",
     "neighbour_finding",
     "pareto_finding",
     "perplexity_finding",
+    "pruned_params_finding",
     "router_finding",
+    "specialisation_finding",
     "static_finding",
     "time_parts_finding",
+    "tomoe_training_finding",
     "training_finding",
+    "union_finding",
     "usage_finding",
 ]

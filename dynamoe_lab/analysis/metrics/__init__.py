@@ -24,14 +24,17 @@ from dynamoe_lab.analysis.metrics.curves import importance_curves, smooth_steps
 from dynamoe_lab.analysis.metrics.difficulty import difficulty_bins, difficulty_by_domain, difficulty_by_token, difficulty_correlations
 from dynamoe_lab.analysis.metrics.labels import label_shares, labels_at
 from dynamoe_lab.analysis.metrics.latency import latency_ratios, latency_table
+from dynamoe_lab.analysis.metrics.masks import attention_open, mask_jaccard, mask_union
 from dynamoe_lab.analysis.metrics.pareto import pareto_front, pareto_points, pareto_row, static_comparison
 from dynamoe_lab.analysis.metrics.perplexity import perplexity_ratio, routed_losses
 from dynamoe_lab.analysis.metrics.router import error_distance, pool_layers, router_chance, router_confusion
+from dynamoe_lab.analysis.metrics.specialisation import expert_choice, specialisation
 from dynamoe_lab.analysis.metrics.usage import active_fraction, expert_usage, usage_summary
 
 __all__ = [
     "ablation_table",
     "active_fraction",
+    "attention_open",
     "benchmark_deltas",
     "benchmark_points",
     "benchmark_table",
@@ -41,12 +44,15 @@ __all__ = [
     "difficulty_by_token",
     "difficulty_correlations",
     "error_distance",
+    "expert_choice",
     "expert_usage",
     "importance_curves",
     "label_shares",
     "labels_at",
     "latency_ratios",
     "latency_table",
+    "mask_jaccard",
+    "mask_union",
     "paper_table",
     "pareto_front",
     "pareto_points",
@@ -58,6 +64,7 @@ __all__ = [
     "router_chance",
     "router_confusion",
     "smooth_steps",
+    "specialisation",
     "split_note",
     "stack_runs",
     "static_comparison",

@@ -10,7 +10,18 @@ from dynamoe_lab.analysis.frames import percent, require
 from dynamoe_lab.analysis.metrics.pareto import lower_is_better
 from dynamoe_lab.errors import InputError
 
-__all__ = ["NEEDED", "Ranking", "ablation_table", "case_name", "failed_cells", "mode_name", "rank_settings", "setting_text", "value_text"]
+__all__ = [
+    "NEEDED",
+    "Ranking",
+    "ablation_table",
+    "case_name",
+    "failed_cells",
+    "is_share",
+    "mode_name",
+    "rank_settings",
+    "setting_text",
+    "value_text",
+]
 
 _RESULTS = (
     "cell",
@@ -132,8 +143,13 @@ def failed_cells(sweep: pd.DataFrame) -> int:
 
 
 def value_text(value: float, metric: str) -> str:
-    """A metric's value as people read it: accuracies and fractions in percent."""
-    return percent(value, 1) if "accuracy" in metric or "fraction" in metric else f"{value:.3g}"
+    """A metric's value as people read it: shares in percent."""
+    return percent(value, 1) if is_share(metric) else f"{value:.3g}"
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of something: accuracies, fractions, coverages."""
+    return any(word in metric for word in ("accuracy", "fraction", "coverage"))
 
 
 def setting_text(value: Any) -> str:

@@ -8,7 +8,8 @@ from dynamoe_lab.errors import InputError
 
 __all__ = ["importance_curves", "smooth_steps"]
 
-_SMOOTHED = ("loss", "lm_loss", "router_loss", "router_accuracy", "active_mlp_fraction")
+_SMOOTHED = ("loss", "lm_loss", "router_loss", "router_accuracy", "active_mlp_fraction")  # of DynaMoE
+_SMOOTHED += ("kl_loss", "ratio_loss", "union_loss", "balance_loss", "active_ratio_max", "active_ratio_mean", "union_coverage")  # of ToMoE
 
 
 def importance_curves(importance: pd.DataFrame, *, points: int = 100) -> pd.DataFrame:
@@ -40,10 +41,10 @@ def importance_curves(importance: pd.DataFrame, *, points: int = 100) -> pd.Data
 
 
 def smooth_steps(steps: pd.DataFrame, window: int) -> pd.DataFrame:
-    """The frame `steps` with its losses, router accuracy and active fraction replaced by moving means, run by run.
+    """The frame `steps` with its losses, shares and ratios replaced by moving means, run by run; what is measured on held-out text stays.
 
     Args:
-        steps: run, step and any of loss, lm_loss, router_loss, router_accuracy, active_mlp_fraction.
+        steps: run, step and any other columns of `steps`, of any method.
         window: steps that are averaged, a step and those before it; fewer at the start of a run. The last row is thus the mean of the
             last `window` steps. 1 changes nothing.
 

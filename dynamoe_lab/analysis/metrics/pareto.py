@@ -13,12 +13,12 @@ __all__ = ["lower_is_better", "pareto_front", "pareto_points", "pareto_row", "st
 
 TIMES = ("time_ratio", "time_low", "time_high")  # measured beside the dense model; nan where they were not
 _COLUMNS = ("method", "theta", "seed", "train_tokens", "active_params", "active_mlp_fraction", "metric", "value", "low", "high", "n")
-_LOWER = ("perplexity", "loss", "surprisal", "seconds", "active_")
+_LOWER = ("perplexity", "loss", "surprisal", "_kl", "seconds", "active_")
 ORACLE = "label"  # its labels cost a full MLP to compute: a bound on what a router could do, not a way to save
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether less of a metric is better: perplexities, losses, times, what is active; everything else is taken for an accuracy."""
+    """Whether less of a metric is better: perplexities, losses, divergences, times, what is active; all else is taken for an accuracy."""
     return any(word in metric for word in _LOWER)
 
 

@@ -6,11 +6,11 @@ routed model, from the trace of its routing, so that one forward pass gives both
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
+from dynamoe_lab.analysis.fractions import Fractions, row_fractions
 from dynamoe_lab.analysis.frames import one_run, require, whole_numbers
 from dynamoe_lab.analysis.statistics import ratio_of_sums
 from dynamoe_lab.errors import InputError
@@ -18,26 +18,26 @@ from dynamoe_lab.errors import InputError
 __all__ = ["perplexity_ratio", "routed_losses"]
 
 
-def routed_losses(routing: pd.DataFrame, *, fractions: Sequence[float]) -> pd.DataFrame:
+def routed_losses(routing: pd.DataFrame, *, fractions: Fractions) -> pd.DataFrame:
     """What each document lost and what it cost, from the trace of one run.
 
     Args:
         routing: the frame `routing`, one run; surprisal is NaN where a token was not predicted (position 0 of a block).
-        fractions: [E] share of the MLP that each expert runs.
+        fractions: share of the MLP that each expert runs: [E], [L, E], or the frame of `lab.expert_fractions`.
 
     Returns:
         run, document, domain, nll (nats, summed over predicted tokens), tokens (predicted), positions (tokens run), active_mlp_fraction
-        (mean over the document's tokens and layers), correct (share of token and layer cells whose expert was the label).
+        (mean over the document's tokens and layers), and where the method has labels correct (share of token and layer cells whose
+        expert was the label).
     """
-    require(routing, ("run", "domain", "document", "layer", "label", "expert", "surprisal"), "routed_losses")
+    require(routing, ("run", "domain", "document", "layer", "expert", "surprisal"), "routed_losses")
     one_run(routing, "routed_losses")
-    sizes = np.asarray(fractions, dtype=np.float64)
-    expert = whole_numbers(routing["expert"], "routed_losses")
-    if expert.max() >= len(sizes):
-        raise InputError(f"routed_losses: the frame has expert {expert.max()}, counted from 0, but {len(sizes)} fractions")
     keys = ["document", "domain"]
-    cells = routing[keys].assign(active_mlp_fraction=sizes[expert], correct=expert == whole_numbers(routing["label"], "routed_losses"))
-    cost = cells.groupby(keys, observed=True)[["active_mlp_fraction", "correct"]].mean()
+    cells = routing[keys].assign(active_mlp_fraction=row_fractions(fractions, routing["layer"], routing["expert"], "routed_losses"))
+    if "label" in routing:
+        label, expert = (whole_numbers(routing[name], "routed_losses") for name in ("label", "expert"))
+        cells["correct"] = expert == label
+    cost = cells.groupby(keys, observed=True)[list(cells.columns[len(keys) :])].mean()
     tokens = routing[routing["layer"] == routing["layer"].iloc[0]]  # a token's surprisal is repeated in every layer's row
     predicted = tokens["surprisal"].notna()
     parts = tokens[keys].assign(nll=tokens["surprisal"].fillna(0.0).astype(np.float64), tokens=predicted.astype(np.int64), positions=1)

@@ -1,24 +1,30 @@
 """Who does the work: the share of tokens each expert takes, how evenly, and how much of the MLP that runs."""
 
-from collections.abc import Sequence
+import math
 
 import numpy as np
 import pandas as pd
 
-from dynamoe_lab.analysis.frames import ALL, require, whole_numbers
+from dynamoe_lab.analysis.fractions import Fractions, expert_count, row_fractions
+from dynamoe_lab.analysis.frames import ALL, require
 from dynamoe_lab.analysis.metrics.tally import layer_names, tallies, with_all
 from dynamoe_lab.analysis.statistics import bootstrap_sums
-from dynamoe_lab.errors import InputError
 
 __all__ = ["active_fraction", "expert_usage", "usage_summary"]
 
 
-def expert_usage(routing: pd.DataFrame, *, theta: float, by_domain: bool = False, experts: int | None = None) -> pd.DataFrame:
+def _labelled(routing: pd.DataFrame) -> pd.DataFrame:
+    """Tallies count by label, too; of a method without labels (ToMoE) all have one, and sums over labels say what they always say."""
+    unlabelled = isinstance(routing, pd.DataFrame) and "expert" in routing and "label" not in routing
+    return routing.assign(label=0) if unlabelled else routing
+
+
+def expert_usage(routing: pd.DataFrame, *, theta: float = math.nan, by_domain: bool = False, experts: int | None = None) -> pd.DataFrame:
     """The share of each layer's tokens that each expert took.
 
     Args:
-        routing: the frame `routing`.
-        theta: threshold it was made with; copied into the result.
+        routing: the frame `routing`; a column `label` is not needed.
+        theta: threshold it was made with; copied into the result. NaN where the method has none.
         by_domain: a set of rows per domain; else all domains together, domain "all".
         experts: number of experts; None: the highest label or expert in the frame.
 
@@ -27,7 +33,7 @@ def expert_usage(routing: pd.DataFrame, *, theta: float, by_domain: bool = False
             included with 0.
     """
     parts = []
-    for tally in tallies(routing, experts, "expert_usage", by_domain=by_domain):
+    for tally in tallies(_labelled(routing), experts, "expert_usage", by_domain=by_domain):
         tokens = tally.joint.sum(axis=(0, 2))  # (L, E)
         index = pd.MultiIndex.from_product([tally.layers, range(tokens.shape[1])], names=["layer", "expert"])
         columns = {"run": tally.run, "theta": theta, "domain": tally.domain}
@@ -38,27 +44,25 @@ def expert_usage(routing: pd.DataFrame, *, theta: float, by_domain: bool = False
     return pd.concat(parts, ignore_index=True)
 
 
-def usage_summary(usage: pd.DataFrame, *, fractions: Sequence[float]) -> pd.DataFrame:
+def usage_summary(usage: pd.DataFrame, *, fractions: Fractions) -> pd.DataFrame:
     """How evenly and how much each layer works, from shares of experts.
 
     Args:
         usage: layer, expert, share and any columns that name the case (run, theta, domain; or lambda_router,
             seed); tokens if known.
-        fractions: [E] share of the MLP that each expert runs.
+        fractions: share of the MLP that each expert runs: [E], [L, E], or the frame of `lab.expert_fractions`.
 
     Returns:
         The case's columns, layer, entropy_bits (of the shares, 0 to log2 E), active_fraction (share of the
         layer's MLP run, mean over tokens), tokens if known. Layer "all": the mean over layers.
     """
     require(usage, ("layer", "expert", "share"), "usage_summary")
-    expert = whole_numbers(usage["expert"], "usage_summary")
-    if expert.max() >= len(fractions):
-        raise InputError(f"usage_summary: the frame has expert {expert.max()}, but there are {len(fractions)} fractions")
+    width = row_fractions(fractions, usage["layer"], usage["expert"], "usage_summary")
     case = [column for column in usage.columns if column not in ("layer", "expert", "share", "tokens")]
     share = usage["share"].to_numpy(dtype=np.float64)
     work = usage[[*case, "layer"]].copy()
     work["entropy_bits"] = -share * np.log2(np.where(share > 0, share, 1.0))
-    work["active_fraction"] = share * np.asarray(fractions, dtype=np.float64)[expert]
+    work["active_fraction"] = share * width
     if "tokens" in usage.columns:
         work["tokens"] = usage["tokens"]
     single = work.groupby([*case, "layer"], sort=False, observed=True, dropna=False).sum().reset_index()
@@ -76,8 +80,8 @@ def usage_summary(usage: pd.DataFrame, *, fractions: Sequence[float]) -> pd.Data
 def active_fraction(
     routing: pd.DataFrame,
     *,
-    theta: float,
-    fractions: Sequence[float],
+    theta: float = math.nan,
+    fractions: Fractions,
     by_domain: bool = False,
     confidence: float = 0.95,
     resamples: int = 2_000,
@@ -87,20 +91,26 @@ def active_fraction(
     bootstrap.
 
     Args:
-        routing: the frame `routing`.
-        theta: threshold it was made with; copied into the result.
-        fractions: [E] share of the MLP that each expert runs.
+        routing: the frame `routing`; a column `label` is not needed.
+        theta: threshold it was made with; copied into the result. NaN where the method has none.
+        fractions: share of the MLP that each expert runs: [E], [L, E], or the frame of `lab.expert_fractions`.
         by_domain: rows per domain; else all domains together, domain "all".
 
     Returns:
         run, theta, domain, layer, active_fraction, low, high, tokens, documents, confidence.
     """
     parts = []
-    sizes = np.asarray(fractions, dtype=np.float64)
-    for tally in tallies(routing, len(sizes), "active_fraction", by_domain=by_domain):
+    experts = expert_count(fractions, "active_fraction")
+    for tally in tallies(_labelled(routing), experts, "active_fraction", by_domain=by_domain):
         tokens = tally.joint.sum(axis=2)  # (documents, L, E)
+        cells = pd.DataFrame(np.argwhere(tokens.any(axis=0)), columns=["layer", "expert"])  # those that a token took
+        sizes = np.zeros(tokens.shape[1:])
+        sizes[tuple(cells.to_numpy().T)] = row_fractions(
+            fractions, pd.Series(tally.layers[cells["layer"]], name="layer"), cells["expert"], "active_fraction"
+        )
+        work = np.stack([(tokens * sizes).sum(axis=-1), tokens.sum(axis=-1)], axis=-1)  # (documents, L, 2): MLPs run, and tokens
         settings = {"confidence": confidence, "resamples": resamples, "seed": seed}
-        interval = bootstrap_sums(with_all(tokens, -2), lambda totals: totals @ sizes / totals.sum(axis=-1), **settings)
+        interval = bootstrap_sums(with_all(work, -2), lambda totals: totals[..., 0] / totals[..., 1], **settings)
         columns = {"run": tally.run, "theta": theta, "domain": tally.domain, "layer": layer_names(tally.layers)}
         values = {"active_fraction": interval.value, "low": interval.low, "high": interval.high}
         sample = {"tokens": with_all(tokens.sum(axis=(0, 2)), 0), "documents": interval.n, "confidence": confidence}

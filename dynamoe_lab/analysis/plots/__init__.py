@@ -18,7 +18,9 @@ from dynamoe_lab.analysis.plots.router import (
     plot_router_confusion,
     plot_router_confusion_by_layer,
 )
+from dynamoe_lab.analysis.plots.specialisation import plot_specialisation
 from dynamoe_lab.analysis.plots.time_costs import plot_cost_growth, plot_time_parts
+from dynamoe_lab.analysis.plots.tomoe import plot_mask_stability, plot_tomoe_training, plot_tomoe_union, plot_tomoe_usage
 from dynamoe_lab.analysis.plots.training import plot_training_curves
 from dynamoe_lab.analysis.plots.usage import plot_expert_usage, plot_expert_usage_by_domain
 
@@ -39,11 +41,16 @@ __all__ = [
     "plot_importance_curves",
     "plot_label_share",
     "plot_latency",
+    "plot_mask_stability",
     "plot_pareto",
     "plot_realised_vs_ideal",
     "plot_relative_to_base",
     "plot_router_confusion",
     "plot_router_confusion_by_layer",
+    "plot_specialisation",
     "plot_time_parts",
+    "plot_tomoe_training",
+    "plot_tomoe_union",
+    "plot_tomoe_usage",
     "plot_training_curves",
 ]

@@ -9,7 +9,16 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from dynamoe_lab.analysis.frames import percent, require
-from dynamoe_lab.analysis.metrics.ablation import NEEDED, ablation_table, case_name, failed_cells, mode_name, rank_settings, value_text
+from dynamoe_lab.analysis.metrics.ablation import (
+    NEEDED,
+    ablation_table,
+    case_name,
+    failed_cells,
+    is_share,
+    mode_name,
+    rank_settings,
+    value_text,
+)
 from dynamoe_lab.analysis.metrics.pareto import lower_is_better
 from dynamoe_lab.analysis.style import DENSE, canvas, headline, method_color, method_marker, percent_axis, ratio_axis, styled
 
@@ -126,8 +135,8 @@ def _setting_axis(ax: Axes, table: pd.DataFrame, settings: list[str], numeric: b
 
 def _value_axis(ax: Axes, table: pd.DataFrame, metric: str, reference: float | None) -> None:
     if metric != "perplexity_ratio":
-        ax.set_ylabel(f"{metric.replace('_', ' ')}{' (%)' if 'accuracy' in metric or 'fraction' in metric else ''}")
-        if "accuracy" in metric or "fraction" in metric:
+        ax.set_ylabel(f"{metric.replace('_', ' ')}{' (%)' if is_share(metric) else ''}")
+        if is_share(metric):
             percent_axis(ax.yaxis)
         return
     ax.set_ylabel("perplexity /\ndense model's perplexity")

@@ -1,0 +1,205 @@
+"""What structural pruning (ToMoE, arXiv 2501.15316) found: how far training came, what is shared, who specialises, what repeats."""
+
+import numpy as np
+import pandas as pd
+
+from dynamoe_lab.analysis.findings.wording import FEW, one_row, tokens_text
+from dynamoe_lab.analysis.frames import ALL, compact, list_names, one_run, percent, require, split_layers
+from dynamoe_lab.analysis.metrics.specialisation import FACTORS, above_control
+
+__all__ = ["mask_stability_finding", "pruned_params_finding", "specialisation_finding", "tomoe_training_finding", "union_finding"]
+
+_PAPER_TOKENS = 20_480_000  # 10,000 steps of 2,048 tokens
+_SAME = {"mlp": "experts' neurons", "attention": "kept pairs of queries and keys"}
+
+
+def tomoe_training_finding(steps: pd.DataFrame, *, p: float, experts: int) -> str:
+    """How far did training come: active ratio against its target, divergence from the dense model, coverage, balance?
+
+    Divergence rises while the model closes and falls once it has; the last two measurements on held-out text say which.
+
+    Args:
+        steps: run, step, tokens, active_ratio_mean, active_ratio_max, union_coverage, balance_loss, heldout_kl of one run (the frame
+            `steps` of ToMoE).
+        p: target of the active ratio.
+        experts: number of experts E.
+    """
+    needed = ("step", "tokens", "active_ratio_mean", "active_ratio_max", "union_coverage", "balance_loss", "heldout_kl")
+    require(steps, needed, "tomoe_training_finding")
+    one_run(steps, "tomoe_training_finding")
+    steps = steps.sort_values("step")
+    last, held = steps.iloc[-1], steps.dropna(subset=["heldout_kl"])["heldout_kl"]
+    if held.empty:
+        divergence = "the divergence from the dense model was not measured on held-out text"
+    else:
+        trend = ""
+        if len(held) > 1:
+            change = round(held.iloc[-1], 3) - round(held.iloc[-2], 3)
+            trend = f", {'rising' if change > 0 else 'falling'} (before: {held.iloc[-2]:.3f})" if change else ", unchanged"
+        divergence = f"without noise the KL from the dense model on held-out text is {held.iloc[-1]:.3f} nats per token{trend}"
+    scale = (
+        f"; the paper's runs saw {_PAPER_TOKENS / last['tokens']:,.0f} times as many tokens" if last["tokens"] < 0.1 * _PAPER_TOKENS else ""
+    )
+    short = "A short training: after" if scale else "After"
+    window = steps["balance_loss"].tail(max(1, min(10, len(steps) // 2)))
+    return (
+        f"{short} {len(steps)} steps ({tokens_text(last['tokens'])}) {percent(last['active_ratio_mean'], 1)} of the weights of attention "
+        f"and MLPs are active on average under the noise of training (by the widest expert and token "
+        f"{percent(last['active_ratio_max'], 1)}; target {percent(p)}), and {percent(last['union_coverage'], 1)} of the neurons are "
+        f"in some expert; {divergence}; balance is {window.mean():.3f} (used alike: "
+        f"{1 / experts:.3f}, one expert alone: 1; mean of {len(window)} steps){scale}."
+    )
+
+
+def union_finding(union: pd.DataFrame, attention: pd.DataFrame | None = None) -> str:
+    """Do the experts differ, and what do all of them leave out?
+
+    Args:
+        union: layer (also "all"), count, share, chance, neurons (from `mask_union`), one run.
+        attention: layer (also "all"), pairs_kept, values_open, tokens (from `attention_open`).
+    """
+    require(union, ("layer", "count", "share", "chance", "neurons"), "union_finding")
+    one_run(union, "union_finding")
+    single, pooled = split_layers(union)
+    require(pooled, (), f"union_finding: rows of layer '{ALL}'")
+    pooled = pooled.set_index("count")
+    experts, neurons = int(pooled.index.max()), int(pooled["neurons"].iloc[0])
+    lost = single[single["count"] == 0].set_index("layer")["share"]
+    apart = single[single["count"] == experts].set_index("layer")
+    left = "" if attention is None else f"; {_attention_text(attention)}"
+    if pooled.loc[experts, "share"] == 1:
+        return f"None of {neurons:,} neurons in {len(lost)} layers is closed in any of {experts} experts{left}."
+    more = int((apart["share"] > apart["chance"]).sum())
+    whole = pooled.loc[experts]
+    return (
+        f"Of {neurons:,} neurons in {len(lost)} layers {percent(1 - pooled.loc[0, 'share'], 2)} are in at least one of {experts} experts "
+        f"(least in layer {lost.idxmax()}: {percent(1 - lost.max(), 2)}; experts of the same widths drawn at random: "
+        f"{percent(1 - pooled.loc[0, 'chance'], 2)}), and {percent(whole['share'], 1)} in all of them, against "
+        f"{percent(whole['chance'], 1)} at random: more than at random in {more} of {len(lost)} layers{left}."
+    )
+
+
+def pruned_params_finding(params: pd.DataFrame, *, dense_params: int) -> str:
+    """How many parameters does a token use, and how many are left at all?
+
+    Args:
+        params: layer (with a row "all"), mlp_total, active_mlp_fraction, router, active_params, total_params, masked_params (the frame of
+            `lab.count_active_params` of a deployed ToMoE model): mean counts per token.
+        dense_params: of the dense model.
+    """
+    needed = ("layer", "mlp_total", "active_mlp_fraction", "router", "active_params", "total_params", "masked_params")
+    require(params, needed, "pruned_params_finding")
+    row = one_row(split_layers(params)[1], needed, f"pruned_params_finding: the row of layer '{ALL}'")
+    active, total, masked = row["active_params"], row["total_params"], row["masked_params"]
+    idle = (
+        f"; its masks leave out {compact(masked)} more in values and outputs of attention, which are computed all the same"
+        if masked > 0
+        else ""
+    )
+    return (
+        f"A token uses {compact(active)} parameters, {percent(active / dense_params, 1)} of the dense model's {compact(dense_params)}: "
+        f"{percent(row['active_mlp_fraction'], 1)} of the MLPs' {compact(row['mlp_total'])}, {compact(row['router'])} that choose experts "
+        f"and masks, and what is left of the rest; the deployed model holds {compact(total)} ({percent(total / dense_params, 1)}){idle}."
+    )
+
+
+def specialisation_finding(specialisation: pd.DataFrame, *, before: pd.DataFrame | None = None) -> str:
+    """Does the choice of expert go with domain and with token class, beyond what clusters alone give?
+
+    All layers together are one test: the mean association over layers against the same mean under shuffled labels. Of single layers it is
+    told how many are above the control's band, and how many would be by chance alone.
+
+    Args:
+        specialisation: factor, layer (also "all"), association, low, high, control, control_low, control_high, p, tokens, levels, clusters,
+            documents, permutations, confidence (from `specialisation`), one run.
+        before: the same of the model before training, on the same text: routers that have learnt nothing divide tokens, too.
+    """
+    needed = ("factor", "layer", "association", "low", "high", "control", "control_low", "control_high", "p", "tokens", "levels")
+    require(specialisation, (*needed, "clusters", "documents", "permutations", "confidence"), "specialisation_finding")
+    one_run(specialisation, "specialisation_finding")
+    single, pooled = split_layers(specialisation)
+    texts = []
+    for factor in (factor for factor in FACTORS if factor in set(single["factor"])):
+        layers = single[single["factor"] == factor]
+        row = one_row(pooled[pooled["factor"] == factor], needed, f"specialisation_finding: {factor}, the row of layer '{ALL}'")
+        above = above_control(single, factor)
+        tail = (1 - row["confidence"]) / 2
+        spread = f" ({row['low']:.2f} to {row['high']:.2f})" if np.isfinite(row["low"]) else " (no interval)"
+        band = f"{row['control']:.2f} ({row['control_low']:.2f} to {row['control_high']:.2f})"
+        if row["clusters"] < FEW:
+            told = f"cannot be told apart from shuffled labels with so few {FACTORS[factor]}s"
+        elif row["p"] <= tail:
+            told = f"goes beyond shuffled labels (p {_p_text(row['p'])})"
+        else:
+            told = f"is not distinguishable from shuffled labels (p {_p_text(row['p'])})"
+        texts.append(
+            f"with the token's {factor} ({int(row['levels'])} of them) it {told}: mean Cramér's V over layers {row['association']:.2f}"
+            f"{spread}, {band} when labels are shuffled among {int(row['clusters']):,} {FACTORS[factor]}s; "
+            f"{above} of {len(layers)} layers are above their band, where chance alone would put about "
+            f"{tail * len(layers):.1f}{_before_text(before, factor)}"
+        )
+    row = pooled.iloc[0]
+    return (
+        f"The association of the choice of expert: {'; '.join(texts)} ({percent(row['confidence'])} intervals over documents and bands "
+        f"over {int(row['permutations'])} shuffles; "
+        f"n = {tokens_text(row['tokens'])}, {int(row['documents'])} documents, position 0 left out)."
+    )
+
+
+def mask_stability_finding(jaccard: pd.DataFrame) -> str:
+    """Do different seeds find the same masks?
+
+    Args:
+        jaccard: run_a, run_b, part, layer (also "all"), jaccard, chance, chance_low, chance_high, draws (from `mask_jaccard`; several pairs
+            of runs and both parts one below the other).
+    """
+    needed = ("run_a", "run_b", "part", "layer", "jaccard", "chance", "chance_low", "chance_high", "draws")
+    require(jaccard, needed, "mask_stability_finding")
+    single, pooled = split_layers(jaccard)
+    require(pooled, (), f"mask_stability_finding: rows of layer '{ALL}'")
+    texts = []
+    for part in (part for part in _SAME if part in set(pooled["part"])):
+        rows, layers = pooled[pooled["part"] == part], single[single["part"] == part]
+        above, below = (rows["jaccard"] > rows["chance_high"]).sum(), (rows["jaccard"] < rows["chance_low"]).sum()
+        pairs = len(rows)
+        told = (
+            f"above chance in {'every pair' if pairs > 1 else 'the one pair'} of runs"
+            if above == pairs
+            else f"above chance in {above} of {pairs} pairs of runs, below it in {below}"
+            if above or below
+            else "not distinguishable from chance"
+        )
+        span = " to ".join(dict.fromkeys(f"{value:.3f}" for value in (rows["jaccard"].min(), rows["jaccard"].max())))
+        texts.append(
+            f"of {_SAME[part]} {span}, {told} "
+            f"({rows['chance'].mean():.3f}; band {rows['chance_low'].mean():.3f} to {rows['chance_high'].mean():.3f}; single layers: "
+            f"{int((layers['jaccard'] > layers['chance_high']).sum())} of {len(layers)} above their band)"
+        )
+    runs = sorted({*pooled["run_a"], *pooled["run_b"]})
+    return (
+        f"Between {len(runs)} runs ({list_names(runs)}) the mean Jaccard index over layers is {' and '.join(texts)}; chance: masks of the "
+        f"same widths that know nothing of each other, {int(pooled['draws'].iloc[0])} draws."
+    )
+
+
+def _attention_text(attention: pd.DataFrame) -> str:
+    """What attention keeps, as the end of a sentence."""
+    row = one_row(split_layers(attention)[1], ("pairs_kept", "values_open", "tokens"), f"union_finding: attention of layer '{ALL}'")
+    kept = f"{percent(row['pairs_kept'], 1)} of the pairs of queries and keys, and " if np.isfinite(row["pairs_kept"]) else ""
+    return f"attention keeps {kept}{percent(row['values_open'], 1)} of the dims of values and outputs for a token, on average"
+
+
+def _before_text(before: pd.DataFrame | None, factor: str) -> str:
+    """The same association before training, as the end of a clause."""
+    if before is None:
+        return ""
+    row = one_row(
+        split_layers(before[before["factor"] == factor])[1], ("association", "low", "high"), f"specialisation_finding: before, {factor}"
+    )
+    spread = f" ({row['low']:.2f} to {row['high']:.2f})" if np.isfinite(row["low"]) else ""
+    return f" (before training: mean {row['association']:.2f}{spread}, above in {above_control(before, factor)})"
+
+
+def _p_text(p: float) -> str:
+    """'0.03'; what is as small as the shuffles allow is still told with its own size."""
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.1g}"

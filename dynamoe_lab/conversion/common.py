@@ -1,0 +1,97 @@
+"""What conversions share: a dense model that they can take, a copy of its weights in the converted class, and how an export is filled."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.models import Family, family_of
+
+__all__ = ["check_dense", "filled", "with_weights_of"]
+
+
+def check_dense(dense: PreTrainedModel, *, why_whole: str) -> Family:
+    """The family of a dense causal language model that can be converted.
+
+    Args:
+        dense: what was given to `convert`.
+        why_whole: what the method needs unquantized weights for, said to who gives quantized ones.
+
+    Raises InputError: not a transformers model, an unsupported family, no language model head, converted already, quantized.
+    """
+    if not isinstance(dense, PreTrainedModel):
+        raise InputError(f"convert: expected a transformers model, got {type(dense).__name__}; load one with lab.load_model")
+    model_type = dense.config.model_type
+    if getattr(dense.config, "moe", None):
+        raise InputError(f"convert: this model is a converted one already ({model_type}); start from its dense parent")
+    try:
+        family = family_of(model_type)
+    except ValueError as error:
+        raise InputError(f"convert: {error}") from error
+    if not isinstance(dense, family.causal_lm):
+        raise InputError(f"convert: {type(dense).__name__} has no language model head; load it as {family.causal_lm.__name__}")
+    if getattr(dense.config, "quantization_config", None) is not None:
+        raise InputError(f"convert: this model is quantized; load it in float32, bfloat16 or float16 ({why_whole})")
+    return family
+
+
+def with_weights_of(
+    dense: PreTrainedModel,
+    model_class: type[PreTrainedModel],
+    config_class: type[PreTrainedConfig],
+    moe: dict[str, Any],
+    ours: tuple[str, ...],
+) -> PreTrainedModel:
+    """A converted model of the same family holding a copy of the dense weights in their order.
+
+    Args:
+        dense: a model that `check_dense` let pass.
+        model_class: the converted class, whose weights have the family's names but for the method's own.
+        config_class: its config.
+        moe: the method's settings; where the model came from (`base`, `trained_tokens`) is added.
+        ours: parts of the names of the method's own weights, which are left as they come (empty) for the caller to fill.
+    """
+    model_type = dense.config.model_type
+    values = dense.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path"):
+        values.pop(name, None)
+    moe = {**moe, "base": _name_of(dense), "trained_tokens": 0}
+    with initialization.no_init_weights():  # every weight is copied below or filled by the caller
+        model = model_class(config_class(**values, moe=moe))
+    model = model.to(device=dense.device, dtype=dense.dtype)
+    for name, buffer in dense.named_buffers():  # rotary frequencies and the like stay float32 in a half-precision model
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.clone())
+    loaded = model.load_state_dict(dense.state_dict(), strict=False)
+    strangers = [name for name in loaded.missing_keys if not any(part in f".{name}" for part in ours)] + loaded.unexpected_keys
+    if strangers:
+        raise InputError(f"convert: the {model_type} model has weights that its family does not know: {', '.join(strangers[:3])}")
+    model.tie_weights()
+    model.generation_config = dense.generation_config
+    model.config._attn_implementation = dense.config._attn_implementation
+    return model
+
+
+def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """An exported model, made on the meta device, with its weights, and buffers and settings of the model that it comes from; in eval mode.
+
+    Raises InputError if the weights are not exactly those that the model has.
+    """
+    buffers = dict(source.named_buffers())
+    for name, _ in list(model.named_non_persistent_buffers()):  # rotary frequencies and the like
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffers[name].clone())
+    loaded = model.load_state_dict(weights, strict=False, assign=True)
+    if strangers := loaded.missing_keys + loaded.unexpected_keys:
+        raise InputError(f"export: {type(source).__name__} has other weights than {type(model).__name__}: {', '.join(strangers[:3])}")
+    model.tie_weights()
+    model.generation_config = source.generation_config
+    model.config._attn_implementation = source.config._attn_implementation
+    return model.eval()
+
+
+def _name_of(dense: PreTrainedModel) -> str:
+    """What to call the base model in the checkpoint: the name it was asked for by, never a path of this machine."""
+    name = getattr(dense.config, "_name_or_path", "") or ""
+    return name.rstrip("/").rsplit("/", 1)[-1] if name.startswith(("/", ".", "~")) else name

@@ -1,0 +1,40 @@
+"""`convert`: one door for all methods; the config says which."""
+
+import pandas as pd
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dynamoe_lab.conversion.dynamoe import convert_dynamoe
+from dynamoe_lab.conversion.tomoe import convert_tomoe
+from dynamoe_lab.data import Blocks
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.models import DynaMoEConfig, ToMoEConfig
+
+__all__ = ["convert"]
+
+
+def convert(
+    dense: PreTrainedModel,
+    config: DynaMoEConfig | ToMoEConfig | None = None,
+    *,
+    calibration: Blocks | Tensor | None = None,
+    statistics: pd.DataFrame | None = None,
+) -> PreTrainedModel:
+    """Convert a dense causal language model; returns a new model in eval mode, the dense one stays as it is.
+
+    Args:
+        dense: a model of a family in `dynamoe_lab.models.FAMILIES`.
+        config: the method and its settings: `DynaMoEConfig` or `ToMoEConfig` (its trainable form); None: `DynaMoEConfig()`.
+        calibration: blocks [n, T] for the calibration pass (the paper: 0.004 % of the training tokens), or
+        statistics: the frame of `calibrate` on this model, so that several settings share one pass. ToMoE needs neither.
+
+    Raises:
+        InputError: not a transformers model, an unsupported family, a model that is converted already, sizes that collapse, no
+            calibration; ToMoE: attention pruning of a family whose heads cannot be pruned.
+    """
+    config = DynaMoEConfig() if config is None else config
+    if isinstance(config, ToMoEConfig):
+        return convert_tomoe(dense, config)
+    if isinstance(config, DynaMoEConfig):
+        return convert_dynamoe(dense, config, calibration=calibration, statistics=statistics)
+    raise InputError(f"convert: {type(config).__name__} is not a method's config; give a DynaMoEConfig or a ToMoEConfig")
