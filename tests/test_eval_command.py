@@ -88,15 +88,23 @@ class TestEval:
 
     @pytest.mark.assets
     def test_a_task_file_that_changed_is_scored_again(self, own):
+        """The file itself, or the documents it points to: without its first one, the others move up."""
         (name,) = export_tasks(own / "files", ["piqa"])
-        file, cached = own / "files" / f"{name}.yaml", []
-        for text in (None, None, file.read_text().replace("Question:", "Query:")):
-            if text is not None:
-                file.write_text(text)
+        file, data, cached, answers = own / "files" / f"{name}.yaml", own / "files" / "piqa.jsonl", [], []
+        changes = {data: data.read_text().partition("\n")[2], file: file.read_text().replace("Question:", "Query:")}
+        for changed in (None, None, data, None, file):
+            if changed:
+                changed.write_text(changes[changed])
             done = call("eval", "smollm2-pico", "--tasks", f"files/{name}.yaml", "--limit", "3", "--output", "scores")
             assert done.exit_code == 0, done.output
             cached.append("read from the cache" in done.stdout)
-        assert cached == [False, True, False]
+            documents = pd.read_parquet(own / "scores" / "documents.parquet").query("metric == 'loglikelihood'")
+            answers.append(documents.sort_values("doc_id")["value"].to_numpy())
+        assert cached == [False, True, False, True, False]
+        assert answers[2][:2] == pytest.approx(answers[0][1:], abs=1e-4)
+        data.unlink()
+        gone = call("eval", "smollm2-pico", "--tasks", f"files/{name}.yaml", "--limit", "3", "--output", "scores")
+        assert (gone.exit_code, gone.stderr.count("\n"), f"no data file {data}; write it" in gone.stderr) == (2, 1, True)
 
     @pytest.mark.assets
     def test_a_converted_model_under_its_routings_against_its_parent(self, own):
