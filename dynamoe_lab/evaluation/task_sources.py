@@ -57,7 +57,7 @@ def _definition(path: Path, whose: Path, parents: tuple[Path, ...]) -> tuple[lis
     if path in parents:
         raise InputError(f"task file {whose}: {path} includes itself; take it out of `include`")
     try:
-        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"task file {whose}: cannot be loaded ({reason})") from error
