@@ -24,13 +24,14 @@ from dynamoe_lab.analysis.metrics.curves import importance_curves, smooth_steps
 from dynamoe_lab.analysis.metrics.difficulty import difficulty_bins, difficulty_by_domain, difficulty_by_token, difficulty_correlations
 from dynamoe_lab.analysis.metrics.labels import label_shares, labels_at
 from dynamoe_lab.analysis.metrics.latency import latency_ratios, latency_table
-from dynamoe_lab.analysis.metrics.pareto import pareto_front, pareto_points, pareto_row, static_comparison
+from dynamoe_lab.analysis.metrics.pareto import accuracy_rows, pareto_front, pareto_points, pareto_row, static_comparison
 from dynamoe_lab.analysis.metrics.perplexity import perplexity_ratio, routed_losses
 from dynamoe_lab.analysis.metrics.router import error_distance, pool_layers, router_chance, router_confusion
 from dynamoe_lab.analysis.metrics.usage import active_fraction, expert_usage, usage_summary
 
 __all__ = [
     "ablation_table",
+    "accuracy_rows",
     "active_fraction",
     "benchmark_deltas",
     "benchmark_points",
