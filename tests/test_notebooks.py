@@ -151,6 +151,9 @@ def test_the_frontiers_accuracy_is_that_of_the_benchmarks(report):
     assert len(keys["06_pareto"]) == 21
     assert keys["08_benchmarks"] < keys["06_pareto"]
     assert all(step["cached"] for step in steps["08_benchmarks"] if step["function"] == "evaluate_task")
+    static = pd.read_csv(report / "06_pareto" / "static_accuracy.csv").set_index("task").loc["average"]
+    values = pareto.set_index("method")["value"]
+    assert static["difference"] == pytest.approx(values["router"] - values["static"], abs=1e-5)
     (figure,) = record(report, "06_pareto")["results"]["figures"]
     assert "SciQ and ARC-challenge: validation (stock: test)" in figure["caption"]
 
