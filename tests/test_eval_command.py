@@ -1,11 +1,16 @@
 """`dynamoe-lab eval` and `compare`: task by task into a folder, resumed, compared, and one line for every mistake."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 from benchmark_frames import make_documents, make_scores
+from kill_randomly import home_with_assets, kill
 from test_cli import call
 
 from dynamoe_lab.analysis import benchmark_deltas
@@ -87,16 +92,69 @@ class TestEval:
         assert "holds scores of limit 5, not 4" in other.stderr
 
     @pytest.mark.assets
+    @pytest.mark.slow
+    def test_killed_within_a_task_only_that_one_is_scored_again(self, project, tmp_path):
+        """kill -9 while the second of three tasks is being scored; afterwards everything is as if nobody had disturbed it."""
+        words = ["eval", "smollm2-pico", "--tasks", "piqa,sciq,winogrande", "--limit", "300", "--output"]
+
+        def start(home, output):
+            environment = {**os.environ, "DYNAMOE_LAB_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+            command = [sys.executable, "-m", "dynamoe_lab", *words, str(output)]
+            return subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+        def finished(home):
+            return {path.parent: (path.stat().st_ino, path.stat().st_mtime_ns) for path in home.glob("steps/evaluate_task-*/step.json")}
+
+        def completed(process):
+            told = process.communicate(timeout=300)[0]
+            assert process.returncode == 0, told
+            return told.splitlines()
+
+        calm, home, output = home_with_assets(tmp_path / "calm"), home_with_assets(tmp_path / "home"), tmp_path / "scores"
+        process, deadline = start(home, output), time.monotonic() + 120
+        while not (finished(home) and list(home.glob("scratch/evaluate_task-*"))):
+            assert process.poll() is None, f"ended before it could be killed: {process.communicate()[0]}"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(0.2)  # into the scoring
+        kill(process)
+        before, (half,) = finished(home), home.glob("scratch/evaluate_task-*")
+        assert len(before) == 1
+        assert not (half / "step.json").exists(), "killed too late"
+        assert pd.read_parquet(output / "scores.parquet")["task"].unique().tolist() == ["piqa"], "what is finished is there"
+        told = completed(start(home, output))
+        assert told[0] == "[1/3] piqa: read from the cache"
+        assert [line.split(": ")[0] for line in told[1:3]] == ["[2/3] sciq", "[3/3] winogrande"]
+        assert not any("cache" in line for line in told[1:])
+        after = finished(home)
+        assert len(after) == 3
+        assert before.items() <= after.items(), "a finished task was scored again"
+        completed(start(calm, tmp_path / "calm-scores"))
+        for name in ("scores", "documents"):
+            killed, undisturbed = (pd.read_parquet(folder / f"{name}.parquet") for folder in (output, tmp_path / "calm-scores"))
+            times = [frame["metric"].isin(["seconds_total", "share_outside_model"]) for frame in (killed, undisturbed)]
+            pd.testing.assert_frame_equal(killed[~times[0]], undisturbed[~times[1]], check_exact=True)
+            assert (name == "scores") == times[0].any()
+
+    @pytest.mark.assets
     def test_a_task_file_that_changed_is_scored_again(self, own):
+        """The file itself, or the documents it points to: without its first one, the others move up."""
         (name,) = export_tasks(own / "files", ["piqa"])
-        file, cached = own / "files" / f"{name}.yaml", []
-        for text in (None, None, file.read_text().replace("Question:", "Query:")):
-            if text is not None:
-                file.write_text(text)
+        file, data, cached, answers = own / "files" / f"{name}.yaml", own / "files" / "piqa.jsonl", [], []
+        changes = {data: data.read_text().partition("\n")[2], file: file.read_text().replace("Question:", "Query:")}
+        for changed in (None, None, data, None, file):
+            if changed:
+                changed.write_text(changes[changed])
             done = call("eval", "smollm2-pico", "--tasks", f"files/{name}.yaml", "--limit", "3", "--output", "scores")
             assert done.exit_code == 0, done.output
             cached.append("read from the cache" in done.stdout)
-        assert cached == [False, True, False]
+            documents = pd.read_parquet(own / "scores" / "documents.parquet").query("metric == 'loglikelihood'")
+            answers.append(documents.sort_values("doc_id")["value"].to_numpy())
+        assert cached == [False, True, False, True, False]
+        assert answers[2][:2] == pytest.approx(answers[0][1:], abs=1e-4)
+        data.unlink()
+        gone = call("eval", "smollm2-pico", "--tasks", f"files/{name}.yaml", "--limit", "3", "--output", "scores")
+        assert (gone.exit_code, gone.stderr.count("\n"), f"no data file {data}; write it" in gone.stderr) == (2, 1, True)
 
     @pytest.mark.assets
     def test_a_converted_model_under_its_routings_against_its_parent(self, own):

@@ -30,6 +30,12 @@ def test_the_whole_sentence():
     )
 
 
+def test_another_reference_is_named_wherever_the_dense_model_would_be():
+    for deltas in (make_deltas(), make_deltas().query("task == 'piqa'")):
+        assert "the dense model's" in (sentence := benchmark_finding(deltas))
+        assert benchmark_finding(deltas, reference="the static cut's") == sentence.replace("the dense model's", "the static cut's")
+
+
 def test_an_interval_without_zero_is_not_enough():
     """SciQ's interval is -9 to -1 points, its adjusted p 0.3."""
     sentence = benchmark_finding(make_deltas().query("task == 'sciq'"))

@@ -112,6 +112,21 @@ class TestPareto:
         with pytest.raises(InputError, match="neither a trained router nor labels"):
             pareto_finding(make_pareto([("static", np.nan, 0, 0, 0.6, 2.8)]))
 
+    def test_accuracy_is_told_where_it_can_be_told_apart(self):
+        rows = make_pareto([("dense", np.nan, 0, 0, 1.0, 1.0), ("router", 0.8, 0, 1000, 0.5, 2.0), ("router", 0.9, 0, 1000, 0.6, 1.5)])
+        scores = make_pareto(
+            [("dense", np.nan, 0, 0, 1.0, 0.5), ("router", 0.8, 0, 1000, 0.48, 0.4), ("router", 0.9, 0, 1000, 0.58, 0.44)],
+            metric="average_accuracy",
+        )
+        scores = scores.assign(low=[np.nan, 0.33, 0.37], high=[np.nan, 0.47, 0.51], n=1175)
+        sentence = pareto_finding(pd.concat([rows, scores]))
+        assert sentence.count("accuracy") == 1, "the interval at 0.9 holds the dense model's value"
+        assert (
+            "(1.80 to 2.20), average accuracy 40.0 %, below the dense model's 50.0 % (-17.0 to -3.0 points on the same 1,175 benchmark "
+            "documents); θ = 0.9" in sentence
+        )
+        assert pareto_finding(pd.concat([rows, scores[scores["method"] != "dense"]])) == pareto_finding(rows)
+
     @staticmethod
     def comparison(ratio, *, low=None, high=None, static=0.66, **columns) -> pd.DataFrame:
         row = {"theta": 0.9, "seed": 0, "train_tokens": 40960, "active_mlp_fraction": 0.66, "static_fraction": static, "ratio": ratio}

@@ -3,9 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
+from benchmark_frames import make_documents, make_scores
 
 from dynamoe_lab.analysis.metrics import (
     ablation_table,
+    accuracy_rows,
     collapsed_layers,
     expert_usage,
     pareto_front,
@@ -27,6 +29,80 @@ def make_pareto(rows: list[tuple], metric="perplexity_ratio") -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=names).assign(metric=metric, n=9)
     frame["active_params"] = 50e6 + 80e6 * frame["active_mlp_fraction"]
     return frame.assign(low=frame["value"] * 0.9, high=frame["value"] * 1.1)
+
+
+CASES = {
+    "dense": ("dense", np.nan, 0, 0),
+    "router": ("router", 0.8, 0, 1000),
+    "again": ("router", 0.8, 1, 1000),
+    "cut": ("static", 0.8, 0, 1000),
+}
+
+
+def make_scored(n: int = 60, tasks=("piqa", "sciq", "lambada_openai")) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables as of `score_cells`: two seeds of a router, the second worse, and a static cut; runs are called by their method."""
+    documents = make_documents(n, {"dense": 0.0, "router": 0.06, "again": 0.3, "cut": 0.1}, tasks=tasks)
+    scores = make_scores(documents)
+    shares = scores[scores["metric"] == "active_params"].assign(metric="active_mlp_fraction", value=lambda rows: rows["value"] / 200e6)
+    names, frames = ["method", "theta", "seed", "train_tokens"], []
+    for frame in (pd.concat([scores, shares], ignore_index=True), documents):
+        cases = pd.DataFrame([CASES[run] for run in frame["run"]], columns=names)
+        frames.append(pd.concat([frame.assign(run=cases["method"]), cases], axis=1))
+    return tuple(frames)
+
+
+class TestAccuracyRows:
+    def test_means_over_tasks_with_the_interval_of_the_difference_to_the_dense_model(self):
+        scores, documents = make_scored()
+        rows = accuracy_rows(scores, documents)
+        assert list(rows.columns[:11]) == list(make_row().columns[:11]), "rows of the table pareto"
+        assert [tuple(row) for row in rows[["method", "theta", "seed", "train_tokens"]].to_numpy()[1:]] == list(CASES.values())[1:]
+        right = documents[documents["metric"] == "acc"].assign(theta=lambda frame: frame["theta"].fillna(0))
+        tables = {place: part.pivot(index="doc_id", columns="task", values="value") for place, part in right.groupby(["method", "seed"])}
+        dense, rng = tables["dense", 0], np.random.default_rng(0)
+        for row in rows.itertuples():
+            own = tables[row.method, row.seed]
+            assert row.value == pytest.approx(own.mean().mean())
+            assert (row.metric, row.n, row.tasks, row.chance) == ("average_accuracy", 180, 3, pytest.approx(0.25))
+            cost = scores[(scores["method"] == row.method) & (scores["seed"] == row.seed)].groupby("metric")["value"].mean()
+            assert [row.active_params, row.active_mlp_fraction] == pytest.approx([cost["active_params"], cost["active_mlp_fraction"]])
+            if row.method == "dense":
+                assert np.isnan([row.low, row.high]).all(), "the reference has no interval"
+            else:  # against documents drawn by hand; a document is 1/180
+                drawn = rng.integers(60, size=(4_000, 60, 3))
+                change = np.take_along_axis((own - dense).to_numpy()[None], drawn, axis=1).mean(axis=(1, 2))
+                expected = dense.mean().mean() + np.quantile(change, [0.025, 0.975])
+                assert [row.low, row.high] == pytest.approx(expected, abs=1.5 / 180)
+        assert rows["note"].unique().tolist() == ["SciQ: validation (stock: test); LAMBADA: test (line breaks are spaces)"]
+        assert rows[["time_ratio", "time_low", "time_high"]].isna().all(axis=None)
+
+    def test_more_is_better(self):
+        points = pareto_points(accuracy_rows(*make_scored())).set_index("method")
+        assert points.loc["router", "seeds"] == 2
+        assert points.loc["static", "value"] > points.loc["router", "value"]
+        assert points["dominated"].to_dict() == {"dense": False, "router": False, "static": points.loc["static", "active_params"] > 135e6}
+
+    def test_a_single_task_is_its_own_average(self):
+        scores, documents = make_scored(tasks=("piqa",))
+        right = documents[(documents["metric"] == "acc") & (documents["method"] == "static")]["value"]
+        row = accuracy_rows(scores, documents).set_index("method").loc["static"]
+        assert (row["value"], row["n"], row["tasks"], row["chance"]) == (pytest.approx(right.mean()), 60, 1, 0.5)
+        assert row["low"] < row["value"] < row["high"]
+
+    def test_without_a_reference_or_with_other_documents(self):
+        scores, documents = make_scored()
+        routed = documents["method"] == "router"
+        with pytest.raises(InputError, match="accuracy_rows: documents of method 'dense': the frame has no rows"):
+            accuracy_rows(scores, documents[documents["method"] != "dense"])
+        with pytest.raises(InputError, match="task piqa: the documents differ"):
+            accuracy_rows(scores, documents[~(routed & (documents["task"] == "piqa") & (documents["doc_id"] == 3))])
+        with pytest.raises(InputError, match=r"accuracy_rows: scores: the frame lacks the column\(s\) theta"):
+            accuracy_rows(scores.drop(columns="theta"), documents)
+
+
+def make_row() -> pd.DataFrame:
+    quality = {"ratio": 1.0, "low": 1.0, "high": 1.0, "n": 25}
+    return pareto_row(quality, {"active_params": 1e6, "active_mlp_fraction": 1.0}, method="dense")
 
 
 class TestPareto:

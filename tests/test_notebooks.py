@@ -101,7 +101,7 @@ def test_usage_and_confusion_agree(report):
 
 @pytest.mark.assets
 def test_the_frontier_holds_every_control_at_its_compute(report):
-    pareto = pd.read_csv(report / "06_pareto" / "pareto.csv")
+    pareto = pd.read_csv(report / "06_pareto" / "pareto.csv").query("metric == 'perplexity_ratio'")
     trained = pareto["train_tokens"] > 0
     assert set(pareto["method"]) == {"dense", "label", "random", "router", "static"}
     assert set(pareto.loc[(pareto["method"] == "label") & ~trained, "theta"]) == {0.7, 0.8, 0.9, 0.95}
@@ -116,7 +116,7 @@ def test_the_frontier_holds_every_control_at_its_compute(report):
 
 @pytest.mark.assets
 def test_time_is_told_beside_parameters_where_it_was_measured(report):
-    pareto = pd.read_csv(report / "06_pareto" / "pareto.csv")
+    pareto = pd.read_csv(report / "06_pareto" / "pareto.csv").query("metric == 'perplexity_ratio'")
     timed = pareto["method"].isin(["router", "static", "dense"])
     assert pareto.loc[timed, "time_ratio"].gt(0).all()
     assert pareto.loc[~timed, "time_ratio"].isna().all(), "labels and random draws are not timed"
@@ -139,6 +139,28 @@ def test_benchmarks_are_scored_for_both_models_on_the_same_documents(report):
     assert functions.count("evaluate_task") == 14, "every task is a step of its own"
     trained = [step["cached"] for step in record(report, "08_benchmarks")["results"]["steps"] if step["function"] == "train"]
     assert trained == [True], "the model is that of notebook 03"
+
+
+@pytest.mark.assets
+def test_the_frontiers_accuracy_is_that_of_the_benchmarks(report):
+    """06 scores before 08 does: the same steps, so that 08 scores nothing again, and the same averages."""
+    pareto = pd.read_csv(report / "06_pareto" / "pareto.csv").query("metric == 'average_accuracy'")
+    scored = sorted(zip(pareto["method"], pareto["theta"].fillna(0), strict=True))
+    assert scored == [("dense", 0), ("router", 0.9), ("static", 0.9)]
+    scores = pd.read_csv(report / "08_benchmarks" / "scores.csv").pivot_table(index="run", columns="metric", values="value")
+    for run, row in (("dense", pareto[pareto["method"] == "dense"]), ("router", pareto[pareto["method"] == "router"])):
+        assert row["value"].item() == pytest.approx(scores.loc[run, "acc"], abs=1e-5)
+        assert row["active_params"].item() == pytest.approx(scores.loc[run, "active_params"], rel=1e-4)
+    steps = {name: record(report, name)["results"]["steps"] for name in ("06_pareto", "08_benchmarks")}
+    keys = {name: {step["key"] for step in found if step["function"] == "evaluate_task"} for name, found in steps.items()}
+    assert len(keys["06_pareto"]) == 21
+    assert keys["08_benchmarks"] < keys["06_pareto"]
+    assert all(step["cached"] for step in steps["08_benchmarks"] if step["function"] == "evaluate_task")
+    static = pd.read_csv(report / "06_pareto" / "static_accuracy.csv").set_index("task").loc["average"]
+    values = pareto.set_index("method")["value"]
+    assert static["difference"] == pytest.approx(values["router"] - values["static"], abs=1e-5)
+    (figure,) = record(report, "06_pareto")["results"]["figures"]
+    assert "SciQ and ARC-challenge: validation (stock: test)" in figure["caption"]
 
 
 @pytest.mark.assets

@@ -160,6 +160,55 @@ class TestPareto:
         ]
         assert alpha == [0.4, 1.0]
 
+    @staticmethod
+    def scored(rows: pd.DataFrame) -> pd.DataFrame:
+        """With accuracies of the dense model, two routers and a static cut, whose benchmarks' tokens activate a little less."""
+        scores = []
+        for method, theta, share, value in (
+            ("dense", np.nan, 1.0, 0.5),
+            ("router", 0.8, 0.38, 0.41),
+            ("router", 0.9, 0.6, 0.44),
+            ("static", 0.9, 0.66, 0.43),
+        ):
+            place = {"method": method, "theta": theta, "seed": 0, "train_tokens": 0 if method == "dense" else 1000}
+            spread = np.nan if method == "dense" else 0.05
+            quality = {"metric": "average_accuracy", "value": value, "low": value - spread, "high": value + spread, "n": 175}
+            told = {"tasks": 7, "chance": 2 / 7, "note": "SciQ: validation (stock: test)"}
+            scores.append(place | {"active_params": 60e6 + 80e6 * share, "active_mlp_fraction": share} | quality | told)
+        return pd.concat([rows, pd.DataFrame(scores)], ignore_index=True)
+
+    def test_accuracy_has_a_panel_below_on_the_same_scale_of_parameters(self):
+        figure = plots.plot_pareto(self.scored(self.timed()), dense_params=140e6)
+        counted, measured, below, key = figure.axes
+        assert below.get_xlim() == counted.get_xlim()
+        assert below.get_ylim() != counted.get_ylim() == measured.get_ylim()
+        routers = [((60 + 80 * share) / 140, value) for share, value in ((0.38, 0.41), (0.6, 0.44))]
+        assert marks(below, style.method_color("router")) == [pytest.approx(point) for point in routers]
+        dense = next(line for line in single_marks(below) if line.get_marker() == "*")
+        assert (dense.get_xdata()[0], dense.get_ydata()[0]) == (1.0, 0.5)
+        levels = [line.get_ydata()[0] for line in below.get_lines() if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2]
+        assert {0.5, 2 / 7} <= set(levels), "dense and chance"
+        whiskers = {tuple(path[:, 1].round(3)) for lines in below.collections for path in lines.get_segments()}
+        assert whiskers == {(0.36, 0.46), (0.39, 0.49), (0.38, 0.48)}
+        static = next(line for line in single_marks(below) if line.get_marker() == "D")
+        assert static.get_alpha() == 0.4, "less accurate and dearer than the router"
+        assert sorted(text for text in texts(below) if text) == ["0.8", "0.9", "66 %", "chance", "dense model"]
+        assert below.get_title(loc="left") == "scored: 7 tasks, n = 175 documents †"
+        assert texts(key)[-1] == "† SciQ: validation (stock: test)"
+        assert key.get_legend() is not None
+        assert "times the dense perplexity" in title(figure)
+
+    def test_accuracy_without_times_and_times_without_accuracy(self):
+        figure = plots.plot_pareto(self.scored(make_pareto()), dense_params=140e6, x="active_mlp_fraction")
+        counted, below = figure.axes
+        assert marks(below, style.method_color("router")) == [(0.38, 0.41), (0.6, 0.44)]
+        assert (counted.get_xlabel(), below.get_xlabel()) == ("", "active MLP neurons (%)")
+        assert figure.legends[0].get_title().get_text() == "† SciQ: validation (stock: test)"
+        dense_alone = self.scored(make_pareto()).query("metric != 'average_accuracy' or method == 'dense'")
+        assert len(plots.plot_pareto(dense_alone, dense_params=140e6).axes) == 1
+        alone = plots.plot_pareto(self.scored(make_pareto()), dense_params=140e6, metric="average_accuracy")
+        assert [ax.get_ylabel() for ax in alone.axes] == ["average accuracy (%)"]
+
     def test_without_times_there_is_one_panel(self):
         assert len(plots.plot_pareto(make_pareto(), dense_params=140e6).axes) == 1
         unknown = make_pareto().assign(time_ratio=np.nan, time_low=np.nan, time_high=np.nan)

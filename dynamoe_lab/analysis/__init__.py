@@ -13,6 +13,7 @@ _NAMES = {
     "statistics": ("Interval", "bootstrap_sums", "paired_difference", "ratio_of_sums"),
     "metrics": (
         "ablation_table",
+        "accuracy_rows",
         "active_fraction",
         "attention_open",
         "benchmark_deltas",

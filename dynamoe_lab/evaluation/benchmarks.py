@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation.routing import evaluating
+from dynamoe_lab.evaluation.task_sources import task_sources
 from dynamoe_lab.evaluation.tasks import DEFINITIONS, TASKS, load_tasks, quiet_libraries, task_split
 from dynamoe_lab.models import RoutedMixin
 
@@ -68,7 +69,7 @@ def evaluate_task(
     """Score a dense or converted model, zero-shot, under the routing that is set, which is left as it was.
 
     Args:
-        task: a name or task file as in `load_tasks`; in a step give a file as a Path, whose content is then in the key.
+        task: a name or task file as in `load_tasks`; a step's key has the contents of the file and of all that it reads (`task_sources`).
         limit: score the first so many documents; None: all.
         batch_size: sequences of a forward. It moves scores within float ties only.
         run: names the model in the tables.
@@ -109,6 +110,7 @@ def evaluate_task(
 
 
 evaluate_task.step_ignores = ("progress",)  # how it is watched does not change what comes out
+evaluate_task.step_reads = {"task": task_sources}
 
 
 def _check(limit: int | None, batch_size: int) -> None:

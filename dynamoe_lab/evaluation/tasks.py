@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamoe_lab.assets import ASSETS, build_once, fetch, home
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.evaluation.task_sources import is_task_file, task_sources
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -142,7 +143,7 @@ def _load_task(given: str | Path) -> "Task":
     name = str(given)
     if name in LOCAL:
         return _load_local(name)
-    if isinstance(given, Path) or name.endswith((".yaml", ".yml")):
+    if is_task_file(given):
         return _load_file(Path(given).expanduser())
     return _load_stock(name.removeprefix(HUB))
 
@@ -160,8 +161,7 @@ def _load_local(name: str) -> "Task":
 def _load_file(path: Path) -> "Task":
     from lm_eval.tasks import TaskManager
 
-    if not path.is_file():
-        raise InputError(f"task file {path}: no such file; give a .yaml of lm-eval's format, or one of {', '.join(TASKS)}")
+    task_sources(path)  # what is not there is told in a line of ours
     try:
         loaded = TaskManager(include_defaults=False).load([str(path)])["tasks"]
     except Exception as error:  # a task file may run into anything: it names functions, templates, data

@@ -78,7 +78,6 @@ def score_to_folder(
     experiment, tasks = _experiment(model, given), list(tasks or TASKS)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / SETTINGS).is_file())):
         raise InputError(f"{output}: not an empty folder, and no scores to go on with; choose another --output, or remove it")
-    tasks = [Path(task) if task.endswith((".yaml", ".yml")) else task for task in tasks]  # a file's content belongs in the step's key
     load_tasks(tasks)  # a wrong name or missing data is told before a model is loaded
     environment.seed_generators(experiment.seed, experiment.threads)
     network, tokenizer = Inputs().model(experiment)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dynamoe_lab.config import Experiment
     from dynamoe_lab.data import Blocks
 
-__all__ = ["Cell", "Inputs", "check_modes", "run_cell", "static_cut", "time_cells"]
+__all__ = ["Cell", "Inputs", "check_modes", "own_model", "run_cell", "static_cut", "time_cells"]
 
 Mode = str | int
 
@@ -271,12 +271,12 @@ def time_cells(cells: Sequence[Cell], *, step: Callable[..., Any], pairs: int = 
         dense, _ = inputs.model(cell.experiment)
         ids = inputs.blocks(cell.experiment, "heldout").ids[:batch]
         setting = {"batch": batch, "tokens": ids.shape[1], "routings": tuple(dict.fromkeys(widths.values())), "pairs": pairs}
-        ratios = latency_ratios(step(measure_latency, dense, _weights(cell, step, inputs), ids=ids, **setting)).set_index("routing")
+        ratios = latency_ratios(step(measure_latency, dense, own_model(cell, step, inputs), ids=ids, **setting)).set_index("routing")
         found.append({mode: ratios.loc[routing_name(width)] for mode, width in widths.items()})
     return found
 
 
-def _weights(cell: Cell, step: Callable[..., Any], inputs: Inputs) -> "PreTrainedModel":
+def own_model(cell: Cell, step: Callable[..., Any], inputs: Inputs) -> "PreTrainedModel":
     """The model that a cell measured: of its checkpoint, or of the conversion where nothing was trained."""
     from dynamoe_lab.loading import load_model
 

@@ -70,7 +70,8 @@ def run_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any] 
     Arguments that do not matter to the result are left out of the key: `output_dir`, which the step chooses, and the names in the
     function's attribute `step_ignores`, e.g. `train.step_ignores = ("progress", "config.log_steps")` (a dotted name is a field of a
     dataclass argument). A function whose attribute `step_times` is true measures times: they are kept for the processor, device, number
-    of threads and torch that they were measured with.
+    of threads and torch that they were measured with. `step_reads`, a dict of parameter -> function, is for values that name files: where
+    the function finds files for a value, their contents are in the key instead of the value, e.g. of a task file and of the data it reads.
 
     Args:
         function: a function that can be imported. It returns what `results.write_result` can keep.
@@ -155,10 +156,12 @@ def _input_marks(function: Callable, arguments: dict[str, Any]) -> dict[str, str
     ignored = ("output_dir", *getattr(function, "step_ignores", ()))
     if unknown := [name for name in ignored[1:] if name.partition(".")[0] not in arguments]:
         raise ValueError(f"{function.__qualname__}.step_ignores names {unknown[0]!r}, which is no parameter of it")
-    marks = {}
+    marks, reads = {}, getattr(function, "step_reads", {})
     for name, value in arguments.items():
         if name in ignored:
             continue
+        if name in reads and (files := reads[name](value)):
+            value = list(files)
         fields = {entry.partition(".")[2] for entry in ignored if entry.startswith(f"{name}.")}
         if fields and dataclasses.is_dataclass(value):
             value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value) if item.name not in fields}

@@ -13,14 +13,15 @@ _NEEDED = ("run", "task", "metric", "value", "reference_value", "difference", "l
 _SAYS = {"acc": "accuracy", "acc_norm": "length-normalised accuracy", "bits_per_byte": "bits per byte of the right answer"}
 
 
-def benchmark_finding(deltas: pd.DataFrame) -> str:
-    """What does a model lose against its dense parent, on average and where?
+def benchmark_finding(deltas: pd.DataFrame, *, reference: str = "the dense model's") -> str:
+    """What does a model lose against its dense parent, or another reference, on average and where?
 
     The average is called above or below by its interval, a task's accuracy by McNemar's exact test after Holm's correction for all tasks;
     of the tasks that are not told apart the sentence says which difference their samples could have shown.
 
     Args:
         deltas: of `benchmark_deltas`, one metric; with a column `split` the sentence says what is not lm-eval's own.
+        reference: whose scores the deltas are differences to, as the sentence says it.
     """
     require(deltas, _NEEDED, "benchmark_finding")
     texts = []
@@ -32,7 +33,7 @@ def benchmark_finding(deltas: pd.DataFrame) -> str:
             values = f"{_number(row['value'], metric)} against {_number(row['reference_value'], metric)}"
             told = verdict(row["low"], row["high"])
             texts_of_run.append(
-                f"averaged over {len(tasks)} tasks the {said} of {run} is {told} the dense model's on the same documents: {values}, "
+                f"averaged over {len(tasks)} tasks the {said} of {run} is {told} {reference} on the same documents: {values}, "
                 f"{_change(row['difference'], metric)} ({_spread(row, metric)})"
             )
         apart = told_apart(tasks).to_numpy(dtype=bool)
@@ -40,7 +41,7 @@ def benchmark_finding(deltas: pd.DataFrame) -> str:
         below, above = ([_task(row, metric) for _, row in tasks[apart & side].iterrows()] for side in _sides(tasks))
         for names, word in ((below, "below"), (above, "above")):
             if names:
-                place = "" if texts_of_run else f" the dense model's in {said}"
+                place = "" if texts_of_run else f" {reference} in {said}"
                 texts_of_run.append(f"{'single tasks' if texts_of_run else run} {word}{place}{tested}: {list_names(names, 12)}")
         if not apart.all():
             rest = tasks[~apart]

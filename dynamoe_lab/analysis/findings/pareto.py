@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 
 from dynamoe_lab.analysis.findings.wording import tokens_text, verdict
-from dynamoe_lab.analysis.frames import compact, list_names, percent, require
-from dynamoe_lab.analysis.metrics.pareto import pareto_points
+from dynamoe_lab.analysis.frames import compact, list_names, percent, require, signed
+from dynamoe_lab.analysis.metrics.pareto import ACCURACY, pareto_points
 from dynamoe_lab.errors import InputError
 
 __all__ = ["pareto_finding", "static_finding"]
@@ -16,10 +16,12 @@ SAME_COMPUTE = 0.015  # shares of the MLP, and relative counts of parameters, th
 def pareto_finding(pareto: pd.DataFrame) -> str:
     """What does each θ save, and what does it cost in perplexity?
 
-    Trained routers are told, with the measured time where there is one; where there are none, the labels themselves, as converted.
+    Trained routers are told, with the measured time where there is one; where there are none, the labels themselves, as converted. The
+    average accuracy is told where it is above or below the dense model's beyond its interval.
 
     Args:
         pareto: the table `pareto`; rows of metric "perplexity_ratio". With a row of method "dense" savings are shares of its parameters.
+            Rows of metric "average_accuracy" are those of `accuracy_rows`.
     """
     needed = ("method", "theta", "seed", "train_tokens", "active_params", "active_mlp_fraction", "metric", "value", "low", "high", "n")
     require(pareto, needed, "pareto_finding")
@@ -51,11 +53,30 @@ def pareto_finding(pareto: pd.DataFrame) -> str:
             f"θ = {row['theta']:g}: {percent(row['active_mlp_fraction'])} of the MLP neurons, {size}, {row['value']:.2f} times the dense "
             f"perplexity ({spread}{seeds}{'; dominated, by point estimates' if row['dominated'] else ''}"
             f"{'' if row['theta'] in set(cuts) or cuts.empty else '; no static cut was trained beside it'})"
+            f"{_accuracy_text(pareto, row)}"
         )
     budgets = [f"{int(tokens):,}" for tokens in sorted(routed["train_tokens"].unique())]
     timed = " (time: of a prefill, median and 10 to 90 % quantiles over rounds)" if routed["time_ratio"].notna().any() else ""
     trained = f"trained on {list_names(budgets)} tokens" if routed["train_tokens"].max() > 0 else "without training"
     return f"{kind} {trained}, on n = {int(routed['n'].min())} documents: {'; '.join(texts)}{timed}."
+
+
+def _accuracy_text(pareto: pd.DataFrame, setting: dict) -> str:
+    """', average accuracy ...' of a routed setting where it can be told from the dense model's, else ''."""
+    rows = pareto[pareto["metric"] == ACCURACY]
+    dense, rows = (rows[rows["method"] == method] for method in ("dense", setting["method"]))
+    own = rows[(rows["theta"] == setting["theta"]) & (rows["train_tokens"] == setting["train_tokens"])]
+    if own.empty or dense.empty:
+        return ""
+    row, base = pareto_points(own).iloc[0], dense["value"].iloc[0]
+    told = verdict(row["low"] - base, row["high"] - base)
+    if told not in ("above", "below"):
+        return ""
+    low, high = (signed(100 * (row[end] - base), 1) for end in ("low", "high"))
+    return (
+        f", average accuracy {percent(row['value'], 1)}, {told} the dense model's {percent(base, 1)} ({low} to {high} points on the same "
+        f"{int(row['n']):,} benchmark documents)"
+    )
 
 
 def static_finding(comparison: pd.DataFrame) -> str:

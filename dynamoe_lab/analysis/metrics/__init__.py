@@ -25,7 +25,7 @@ from dynamoe_lab.analysis.metrics.difficulty import difficulty_bins, difficulty_
 from dynamoe_lab.analysis.metrics.labels import label_shares, labels_at
 from dynamoe_lab.analysis.metrics.latency import latency_ratios, latency_table
 from dynamoe_lab.analysis.metrics.masks import attention_open, mask_jaccard, mask_union
-from dynamoe_lab.analysis.metrics.pareto import pareto_front, pareto_points, pareto_row, static_comparison
+from dynamoe_lab.analysis.metrics.pareto import accuracy_rows, pareto_front, pareto_points, pareto_row, static_comparison
 from dynamoe_lab.analysis.metrics.perplexity import perplexity_ratio, routed_losses
 from dynamoe_lab.analysis.metrics.router import error_distance, pool_layers, router_chance, router_confusion
 from dynamoe_lab.analysis.metrics.specialisation import expert_choice, specialisation
@@ -33,6 +33,7 @@ from dynamoe_lab.analysis.metrics.usage import active_fraction, expert_usage, us
 
 __all__ = [
     "ablation_table",
+    "accuracy_rows",
     "active_fraction",
     "attention_open",
     "benchmark_deltas",

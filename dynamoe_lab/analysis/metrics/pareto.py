@@ -6,11 +6,13 @@ import numpy as np
 import pandas as pd
 
 from dynamoe_lab.analysis.frames import ALL, require, split_layers
+from dynamoe_lab.analysis.metrics.benchmarks import AVERAGE, benchmark_deltas, benchmark_task, split_note
 from dynamoe_lab.analysis.metrics.perplexity import perplexity_ratio
 from dynamoe_lab.errors import InputError
 
-__all__ = ["lower_is_better", "pareto_front", "pareto_points", "pareto_row", "static_comparison"]
+__all__ = ["ACCURACY", "accuracy_rows", "lower_is_better", "pareto_front", "pareto_points", "pareto_row", "static_comparison"]
 
+ACCURACY = "average_accuracy"
 TIMES = ("time_ratio", "time_low", "time_high")  # measured beside the dense model; nan where they were not
 _COLUMNS = ("method", "theta", "seed", "train_tokens", "active_params", "active_mlp_fraction", "metric", "value", "low", "high", "n")
 _LOWER = ("perplexity", "loss", "surprisal", "_kl", "seconds", "active_")
@@ -57,6 +59,44 @@ def pareto_row(
     time = dict.fromkeys(measured, np.nan) if time_row is None else _single(time_row, measured, "pareto_row: time_row")
     times = {name: float(time[given]) for name, given in zip(TIMES, measured, strict=True)}
     return pd.DataFrame([row | {"n": int(quality["n"])} | times])
+
+
+def accuracy_rows(scores: pd.DataFrame, documents: pd.DataFrame, *, bootstrap: int = 2_000, confidence: float = 0.95) -> pd.DataFrame:
+    """Rows of the table `pareto`, metric "average_accuracy": the mean accuracy over tasks (of a single task, its accuracy).
+
+    As with perplexity, intervals are of the difference to the dense model on the same documents, here set around its accuracy: one that
+    leaves out the dense model's value tells the two apart. The dense model itself has none.
+
+    Args:
+        scores, documents: of `score_cells`: tables of these names with method ("dense": the reference), theta, seed, train_tokens.
+        bootstrap, confidence: resamples of documents (within tasks) and level of the intervals.
+
+    Returns:
+        The columns of `pareto_row`, no time measured; active_params and active_mlp_fraction are those of the tasks' own tokens, on average
+        over tasks; n: documents of all tasks. Also tasks (how many), chance (mean accuracy of guessing, nan where a task's is unknown),
+        note (`split_note`).
+
+    Raises:
+        InputError: no rows of method "dense"; other documents than it has; as `benchmark_deltas`.
+    """
+    keys = ["method", "theta", "seed", "train_tokens"]
+    require(scores, (*keys, "task", "split", "metric", "value"), "accuracy_rows: scores")
+    require(documents, (*keys, "run", "task", "doc_id", "metric", "value"), "accuracy_rows: documents")
+    reference = documents[documents["method"] == "dense"].drop(columns="seed")
+    require(reference, (), "accuracy_rows: documents of method 'dense'")
+    cases, rows = scores[keys].drop_duplicates(), []
+    for number in range(len(cases)):
+        case = cases.iloc[[number]]
+        own, answers = (frame.merge(case, on=keys) for frame in (scores, documents))  # where θ is nan, too
+        deltas = benchmark_deltas(answers.drop(columns="seed"), reference, bootstrap=bootstrap, confidence=confidence)
+        row = deltas[deltas["task"] == (AVERAGE if len(deltas) > 1 else deltas["task"].iloc[0])].iloc[0]
+        costs = {name: own.loc[own["metric"] == name, "value"].mean() for name in ("active_params", "active_mlp_fraction")}
+        quality = {"metric": ACCURACY, "value": row["value"]} | {end: row["reference_value"] + row[end] for end in ("low", "high")}
+        tasks = list(dict.fromkeys(own["task"]))
+        chance = float(np.mean([benchmark_task(task).chance for task in tasks]))
+        told = {"n": int(row["n"])} | dict.fromkeys(TIMES, np.nan) | {"tasks": len(tasks), "chance": chance, "note": split_note(own)}
+        rows.append(case.assign(**costs, **quality, **told))
+    return pd.concat(rows, ignore_index=True)
 
 
 def pareto_points(pareto: pd.DataFrame, *, cost: str = "active_params") -> pd.DataFrame:

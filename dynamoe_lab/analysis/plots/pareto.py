@@ -1,18 +1,20 @@
 """The picture of what compute buys: quality over active parameters and over measured time, every method and θ in one place."""
 
+import textwrap
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 from dynamoe_lab.analysis.frames import compact, percent, require
-from dynamoe_lab.analysis.metrics.pareto import ORACLE, lower_is_better, pareto_points
+from dynamoe_lab.analysis.metrics.pareto import ACCURACY, ORACLE, lower_is_better, pareto_points
 from dynamoe_lab.analysis.plots.placing import place_labels
-from dynamoe_lab.analysis.style import DENSE, canvas, headline, method_color, method_marker, percent_axis, ratio_axis, styled
+from dynamoe_lab.analysis.style import DENSE, REFERENCE, canvas, headline, method_color, method_marker, percent_axis, ratio_axis, styled
 from dynamoe_lab.errors import InputError
 
 __all__ = ["plot_pareto"]
@@ -20,6 +22,7 @@ __all__ = ["plot_pareto"]
 _PARETO = ("method", "theta", "seed", "train_tokens", "active_params", "active_mlp_fraction", "metric", "value", "low", "high", "n")
 _FRONT = {"color": "#c4c4c4", "linewidth": 2.6, "drawstyle": "steps-post", "zorder": 0.9}
 _DISTANCE = {"linewidth": 0.7, "linestyle": "-", "alpha": 0.8}  # from the share of parameters to that of time
+_QUALITY = {"perplexity_ratio": "perplexity / dense model's perplexity", ACCURACY: "average accuracy (%)"}
 _NAMES = {
     "router": "router",
     "label": "labels (oracle: costs a full MLP)",
@@ -42,11 +45,13 @@ def plot_pareto(
     Beside the marks stands θ, or the width of a static cut. With several seeds the mark is their mean and small dots are the seeds;
     whiskers are the interval of the only seed, or reach from the lowest to the highest end over seeds. The line is the front: what
     nothing else beats in both. Where time was measured a second panel has it on its x axis, with a thin line from each mark to the share of
-    parameters that it stands for in the first: right of it, the saving is not all there.
+    parameters that it stands for in the first: right of it, the saving is not all there. Where benchmarks were scored a panel below has
+    their average accuracy over what was active on the benchmarks' own tokens, with the level of chance; its whiskers are of the difference
+    to the dense model on the same documents: those that do not reach its line tell the two apart.
 
     Args:
         pareto: method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n; time_ratio, time_low,
-            time_high where time was measured.
+            time_high where time was measured; rows of metric "average_accuracy" (`accuracy_rows`) where benchmarks were scored.
         dense_params: parameters of the dense model; x is drawn as a share of them.
         x: "active_params" or "active_mlp_fraction", of the first panel.
         metric: rows to draw. Perplexity ratios are drawn on a log axis with the dense model at 1; the dense model's other metrics are
@@ -63,29 +68,66 @@ def plot_pareto(
         raise InputError(f"plot_pareto: dense_params = {dense_params}, give the parameters of the dense model")
     points = {name: _points(rows, name, dense_params) for name in (x, "time_ratio")}
     require(points[x], (), "plot_pareto: rows of a method besides dense")
-    dense = rows.loc[rows["method"] == "dense", "value"]
-    level = 1.0 if metric == "perplexity_ratio" else (float(dense.iloc[0]) if len(dense) else np.nan)
+    level = 1.0 if metric == "perplexity_ratio" else _dense_value(rows)
     shown = [name for name, found in points.items() if len(found)]
-    figure = canvas(12.6, figure)
-    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False, width_ratios=[1.5, 1][: len(shown)])[0]
+    accuracy = pareto[(pareto["metric"] == ACCURACY) & (metric != ACCURACY)]
+    scored = bool((accuracy["method"] != "dense").any())
+    figure = canvas(18.4 if scored else 12.6, figure)
+    grid = figure.add_gridspec(1 + scored, len(shown), width_ratios=[1.5, 1][: len(shown)], height_ratios=[1.5, 1][: 1 + scored])
+    axes = [figure.add_subplot(grid[0, 0])]
+    axes += [figure.add_subplot(grid[0, 1], sharey=axes[0])] if len(shown) > 1 else []
     for ax, name in zip(axes, shown, strict=True):
         _panel(ax, points[name], level, metric)
         _seeds(ax, rows, points[name], name, dense_params if name == "active_params" else 1.0)
         ax.margins(x=0.09, y=0.08)
-    axes[0].set_ylabel("perplexity / dense model's perplexity" if metric == "perplexity_ratio" else metric)
-    share = f"active parameters (% of the dense model's {compact(dense_params)})"
-    axes[0].set_xlabel(share if x == "active_params" else "active MLP neurons (%)")
+    axes[0].set_ylabel(_QUALITY.get(metric, metric))
+    share = f"active parameters (% of the dense model's {compact(dense_params)})" if x == "active_params" else "active MLP neurons (%)"
+    if scored:
+        below = figure.add_subplot(grid[1, 0], sharex=axes[0])
+        _accuracy(below, accuracy, x, dense_params)
+    (below if scored else axes[0]).set_xlabel(share)
     if len(shown) > 1:
+        axes[1].tick_params(labelleft=False)
         axes[1].set_xlabel("time of a prefill (% of the dense model's)")
         axes[0].set_title("counted: parameters" if x == "active_params" else "counted: neurons", loc="left")
         axes[1].set_title("measured: time", loc="left")
-    _legend(figure, points[x], timed=len(shown) > 1)
+    beside = figure.add_subplot(grid[1, 1]) if scored and len(shown) > 1 else None
+    _legend(figure, beside, points[x], timed=len(shown) > 1, note=_note(accuracy) if scored else "")
     headline(figure, _message(points[x], metric))
     if metric == "perplexity_ratio":
         ratio_axis(axes[0])
     for ax, name in zip(axes, shown, strict=True):
         _names(ax, points[name], level)
+    if scored:
+        _names(below, _points(accuracy, x, dense_params), _dense_value(accuracy))
     return figure
+
+
+def _accuracy(ax: Axes, rows: pd.DataFrame, x: str, dense_params: float) -> None:
+    """The panel of average accuracy, without names of the marks."""
+    points = _points(rows, x, dense_params)
+    _panel(ax, points, _dense_value(rows), ACCURACY)
+    _seeds(ax, rows, points, x, dense_params if x == "active_params" else 1.0)
+    chance = rows["chance"].iloc[0] if "chance" in rows else np.nan
+    if np.isfinite(chance):
+        ax.axhline(chance, **REFERENCE, zorder=1)
+        place = {"xycoords": ax.get_yaxis_transform(), "xytext": (3, 2), "textcoords": "offset points", "fontsize": 6.5}
+        ax.annotate("chance", (0, chance), color=REFERENCE["color"], **place)
+    ax.margins(x=0.09, y=0.12)
+    percent_axis(ax.yaxis)
+    ax.set_ylabel(_QUALITY[ACCURACY])
+    tasks = f"{int(rows['tasks'].iloc[0])} tasks, " if "tasks" in rows else ""
+    ax.set_title(f"scored: {tasks}n = {int(rows['n'].min()):,} documents{' †' if _note(rows) else ''}", loc="left")
+
+
+def _note(rows: pd.DataFrame) -> str:
+    """What is not lm-eval's own about the documents of the scores."""
+    return str(rows["note"].iloc[0]) if "note" in rows else ""
+
+
+def _dense_value(rows: pd.DataFrame) -> float:
+    dense = rows.loc[rows["method"] == "dense", "value"]
+    return float(dense.iloc[0]) if len(dense) else np.nan
 
 
 def _points(rows: pd.DataFrame, cost: str, dense_params: float) -> pd.DataFrame:
@@ -155,8 +197,10 @@ def _point(ax: Axes, point, color: str) -> None:
 
 
 def _along_lines(ax: Axes) -> list[tuple[float, float]]:
-    """Points every few pixels along everything that is drawn as a line, the seeds' dots, the ends of whiskers, shares; in data units."""
+    """Points every few pixels along everything that is drawn as a line, the seeds' dots, whiskers, shares; in data units."""
     found = []
+    for whisker in (path for collection in ax.collections if isinstance(collection, LineCollection) for path in collection.get_segments()):
+        found += list(zip(*np.linspace(whisker[0], whisker[-1], 24).T, strict=True))
     for line in ax.get_lines():
         x, y = np.asarray(line.get_xdata(), dtype=float), np.asarray(line.get_ydata(), dtype=float)
         if line.get_transform() != ax.transData or len(x) < 1:
@@ -193,8 +237,8 @@ def _front(points: pd.DataFrame, level: float, metric: str) -> tuple[np.ndarray,
     return best["x"].to_numpy(), best["value"].to_numpy()
 
 
-def _legend(figure: Figure | SubFigure, points: pd.DataFrame, *, timed: bool) -> None:
-    """The key under the panels."""
+def _legend(figure: Figure | SubFigure, ax: Axes | None, points: pd.DataFrame, *, timed: bool, note: str) -> None:
+    """The key: in axes that are free, else under the panels."""
     handles = []
     for method in dict.fromkeys(points["method"]):
         look = {"color": method_color(method), "marker": method_marker(method), "linestyle": "none", "markersize": 5.5}
@@ -207,8 +251,15 @@ def _legend(figure: Figure | SubFigure, points: pd.DataFrame, *, timed: bool) ->
     handles.append(Line2D([], [], label="front", **_FRONT))
     if timed:
         handles.append(Line2D([], [], color="#666666", marker="|", markersize=6, label="its share of the parameters", **_DISTANCE))
+    look, note = {"handles": handles, "handlelength": 1.8}, f"† {note}" if note else ""
+    if ax is not None:
+        ax.set_axis_off()
+        ax.legend(loc="upper left", borderaxespad=0, labelspacing=0.7, **look)
+        ax.text(0.02, 0, textwrap.fill(note, 44), transform=ax.transAxes, va="bottom", fontsize=6.5, color="#444444")
+        return
+    title = {"title": note, "title_fontsize": 6.5} if note else {}
     columns = max(1, int(figure.bbox.width / figure.dpi / 2))  # 2 inches each
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.2)
+    figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, **look, **title)
 
 
 def _message(points: pd.DataFrame, metric: str) -> str:

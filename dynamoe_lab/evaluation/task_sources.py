@@ -1,0 +1,122 @@
+"""What a task file of lm-eval's format is made of: the file, those it includes, the modules beside it, its local data.
+
+A score depends on all of them, so a step's key has their contents (`evaluate_task.step_reads`): new documents under an old name are scored.
+Data that lies elsewhere (the Hub, a URL) is not looked at.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dynamoe_lab.errors import InputError
+
+__all__ = ["is_task_file", "task_sources"]
+
+_REMOTE = "://"  # in a name: a URL, or a member of an archive
+
+
+def is_task_file(name: str | Path) -> bool:
+    """Whether a task is given as a file, not by its name."""
+    return isinstance(name, Path) or name.endswith((".yaml", ".yml"))
+
+
+def task_sources(name: str | Path) -> list[Path]:
+    """The local files and folders that a task reads, the task file first; of a task given by its name there are none.
+
+    Relative names are looked up as lm-eval and `datasets` do: included files and modules beside the file that names them, data in the
+    `data_dir` or local `dataset_path` of the task, else in the working directory.
+
+    Raises:
+        InputError: there is no such task file, or a file that it includes or takes its data from is not there.
+    """
+    if not is_task_file(name):
+        return []
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(f"task file {path}: no such file; give a .yaml of lm-eval's format, or the name of a task")
+    files, config = _definition(path, path, ())
+    return list(dict.fromkeys([*files, *_data(config, path)]))
+
+
+class _Function(str):
+    """The name behind the tag `!function`, which is not imported here."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a task file as lm-eval does, functions by their names."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))
+
+
+def _definition(path: Path, whose: Path, parents: tuple[Path, ...]) -> tuple[list[Path], dict[str, Any]]:
+    """The files of a definition, and what it says when everything is included; `whose`: the task file that a message names."""
+    path = path.resolve()
+    if path in parents:
+        raise InputError(f"task file {whose}: {path} includes itself; take it out of `include`")
+    try:
+        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"task file {whose}: cannot be loaded ({reason})") from error
+    if not isinstance(own, dict):
+        raise InputError(f"task file {whose}: cannot be loaded ({path.name} holds no fields); give a .yaml of lm-eval's format")
+    files, config = [path], {}
+    for included in _names(own.pop("include", None)):
+        file = path.parent / included  # an absolute name stays what it is
+        if not file.is_file():
+            raise InputError(f"task file {whose}: includes {file}, which is not there; write it, or take it out of `include`")
+        more, values = _definition(file, whose, (*parents, path))
+        files += more
+        config |= values
+    modules = (path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in _functions(own))
+    files += [module for module in modules if module.is_file()]  # others are importable packages, with versions of their own
+    return files, config | own
+
+
+def _data(config: dict[str, Any], path: Path) -> Iterator[Path]:
+    """Local data of a definition: the files it names, or the folder it points to."""
+    options = config.get("dataset_kwargs")
+    options = options if isinstance(options, dict) else {}
+    places = [place for place in (options.get("data_dir"), config.get("dataset_path")) if isinstance(place, str) and _REMOTE not in place]
+    # a bare word is a format of `datasets` ("json"), whatever lies in the working directory
+    places = [place for place in places if place == options.get("data_dir") or place.startswith((".", "~")) or "/" in place]
+    found = [place for place in (Path(place).expanduser() for place in places) if place.exists()]
+    base = next((place for place in found if place.is_dir()), Path())
+    names = [name for name in _names(options.get("data_files")) if _REMOTE not in name]
+    if not names:
+        yield from found
+    for name in names:
+        files = _matching(base, name)
+        if not files:
+            where = "" if Path(name).is_absolute() else f" (relative to {base.absolute()})"
+            raise InputError(f"task file {path}: no data file {name}{where}; write it, or correct dataset_kwargs.data_files")
+        yield from files
+
+
+def _matching(base: Path, name: str) -> list[Path]:
+    """The files of a name, which may be a pattern, in order."""
+    file = base / Path(name).expanduser()
+    if file.exists():
+        return [file]
+    root = Path(file.anchor)
+    return sorted(match for match in root.glob(str(file.relative_to(root))) if match.is_file())
+
+
+def _names(value: Any) -> list[str]:
+    """Texts of a text, a list, or a dict of either, in order."""
+    if isinstance(value, dict):
+        return [name for part in value.values() for name in _names(part)]
+    if isinstance(value, (list, tuple)):
+        return [name for part in value for name in _names(part)]
+    return [] if value is None else [str(value)]
+
+
+def _functions(value: Any) -> Iterable[str]:
+    """Names of functions anywhere in a definition."""
+    if isinstance(value, _Function):
+        return [str(value)]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [name for part in parts for name in _functions(part)]

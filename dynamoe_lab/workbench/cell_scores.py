@@ -1,0 +1,88 @@
+"""Benchmark scores of the cells of a sweep, through the step cache, beside those of the dense model that they come from.
+
+What is scored are the models that the cells measured on held-out text: nothing is trained here.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench.cells import Cell, Inputs, own_model
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel
+
+__all__ = ["score_cells"]
+
+METHODS = ("router", "label", "random", "static")  # what of a cell can be scored
+
+
+def score_cells(
+    cells: Sequence[Cell],
+    *,
+    step: Callable[..., Any],
+    methods: Sequence[str] = ("router", "static"),
+    tasks: Sequence[str | Path] = (),
+    limit: int | None = None,
+) -> "tuple[pd.DataFrame, pd.DataFrame]":
+    """Benchmark scores of cells and of the dense model that they come from; the steps are those of notebook 08.
+
+    Args:
+        cells: of one dense model.
+        step: calls a function through the step cache, as `Run.step` does.
+        methods: what is scored: "router", "label" and "random" (drawn with the router's shares on the held-out text) of cells with routers;
+            "static" of cells that were trained at one width.
+        tasks, limit: names or task files, and the first so many documents of each, as in `evaluate_task`; no tasks: the seven of the paper.
+
+    Returns:
+        Tables `scores` and `documents` as of `evaluate_task`, with method ("dense", or of `methods`), theta (of a static cut that of the
+        router it stands beside; nan of the dense model), seed, train_tokens.
+
+    Raises:
+        InputError: an unknown method, cells of several dense models, "random" of a cell without a trace of its router; as `evaluate_task`.
+    """
+    import pandas as pd
+
+    from dynamoe_lab.evaluation import TASKS, evaluate_task
+
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise InputError(f"score_cells: method {unknown[0]!r}: give {', '.join(METHODS)}")
+    models = {(cell.experiment.model, cell.experiment.dtype, cell.experiment.device): cell.experiment for cell in cells}
+    if len(models) != 1:
+        raise InputError(f"score_cells: cells of {len(models)} dense models: {', '.join(map(str, models))}; give those of one")
+    inputs, found = Inputs(), ([], [])
+    ((_, experiment),) = models.items()
+    dense, tokenizer = inputs.model(experiment)
+
+    def score(model: "PreTrainedModel", method: str, **case: Any) -> None:
+        for task in tasks or TASKS:
+            asked = {"limit": limit, "batch_size": experiment.evaluate.batch_size}
+            for kind, frame in zip(found, step(evaluate_task, model, tokenizer, task, run=method, **asked), strict=True):
+                kind.append(frame.assign(method=method, **case))
+
+    score(dense, "dense", theta=float("nan"), seed=0, train_tokens=0)
+    for cell in cells:
+        fixed = isinstance(cell.experiment.dynamoe.train_route, int)
+        for method in (name for name in methods if (name == "static") == fixed):
+            model = own_model(cell, step, inputs)
+            _route(model, cell, method)
+            settings = cell.experiment
+            score(model, method, theta=settings.dynamoe.theta, seed=settings.train.seed, train_tokens=cell.train_tokens)
+    scores, documents = (pd.concat(frames, ignore_index=True) for frames in found)
+    return scores, documents
+
+
+def _route(model: "PreTrainedModel", cell: Cell, method: str) -> None:
+    """Route a cell's own model as a method of `METHODS` does."""
+    from dynamoe_lab.analysis import expert_usage
+
+    moe = cell.experiment.dynamoe
+    if method != "random":
+        model.set_routing(moe.train_route if method == "static" else method)
+    elif "router" not in cell.traces:
+        raise InputError("score_cells: 'random' draws with the router's shares, and a cell has no trace of it; measure mode 'router', too")
+    else:
+        shares = expert_usage(cell.traces["router"], theta=moe.theta, experts=moe.num_experts)
+        model.set_routing("random", shares=shares, seed=cell.experiment.seed)
