@@ -137,7 +137,7 @@ _ROOMS = {
     "dynamoe_lab.models": ("DynaMoEConfig", "ToMoEConfig"),
     "dynamoe_lab.training": ("TrainingDiverged", "train"),
     "dynamoe_lab.workbench.allocator": ("keep_freed_memory",),
-    "dynamoe_lab.workbench.cell_scores": ("score_cells",),
+    "dynamoe_lab.workbench.cell_scores": ("pareto_case", "score_cells"),
     "dynamoe_lab.workbench.cells": ("Cell", "run_cell", "static_cut", "time_cells"),
     "dynamoe_lab.workbench.explore": ("continue_text", "explorer"),
     "dynamoe_lab.workbench.session": ("Run", "start"),

@@ -98,7 +98,7 @@ _METHODS = {
     "cmoe": "#56B4E9",
     "dense": "#222222",
 }
-_MARKERS = {"router": "o", "label": "s", "random": "X", "static": "D", "dense": "*"}  # told apart in grey print, too
+_MARKERS = {"router": "o", "label": "s", "random": "X", "static": "D", "tomoe": "^", "dense": "*"}  # told apart in grey print, too
 _LAMBDAS = {0.0: "#D55E00", 1.0: "#0072B2"}  # λ_router: unsupervised, the paper's
 _GRADIENTS = {"straight_through": "-", "probability": (0, (4, 1.5)), "none": (0, (1, 1.2))}
 _DOMAINS = {

@@ -14,9 +14,24 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
 
-__all__ = ["score_cells"]
+__all__ = ["pareto_case", "score_cells"]
 
-METHODS = ("router", "label", "random", "static")  # what of a cell can be scored
+METHODS = ("router", "label", "random", "static", "tomoe")  # what of a cell can be scored
+
+
+def pareto_case(cell: Cell, mode: str | int) -> dict[str, Any]:
+    """Which setting of the table `pareto` a mode of a cell is: method, theta, seed, train_tokens.
+
+    Methods: "static" of one width for all tokens, "tomoe p = 0.7" of ToMoE's routers ("tomoe random p = 0.7" and the like of other modes),
+    else the mode. theta is nan where no labels were used.
+    """
+    experiment = cell.experiment
+    if experiment.method == "tomoe":
+        method, theta = f"tomoe{'' if mode == 'router' else f' {mode}'} p = {experiment.tomoe.p:g}", float("nan")
+    else:
+        static = isinstance(mode, int) or isinstance(experiment.dynamoe.train_route, int)
+        method, theta = "static" if static else mode, float("nan") if isinstance(mode, int) else experiment.dynamoe.theta
+    return {"method": method, "theta": theta, "seed": experiment.train_config.seed, "train_tokens": cell.train_tokens}
 
 
 def score_cells(
@@ -33,7 +48,7 @@ def score_cells(
         cells: of one dense model.
         step: calls a function through the step cache, as `Run.step` does.
         methods: what is scored: "router", "label" and "random" (drawn with the router's shares on the held-out text) of cells with routers;
-            "static" of cells that were trained at one width.
+            "static" of cells that were trained at one width; "tomoe" of ToMoE's (its routers, deployed).
         tasks, limit: names or task files, and the first so many documents of each, as in `evaluate_task`; no tasks: the seven of the paper.
 
     Returns:
@@ -56,22 +71,28 @@ def score_cells(
     ((_, experiment),) = models.items()
     dense, tokenizer = inputs.model(experiment)
 
-    def score(model: "PreTrainedModel", method: str, **case: Any) -> None:
+    def score(model: "PreTrainedModel", run: str, **case: Any) -> None:
         for task in tasks or TASKS:
             asked = {"limit": limit, "batch_size": experiment.evaluate.batch_size}
-            for kind, frame in zip(found, step(evaluate_task, model, tokenizer, task, run=method, **asked), strict=True):
-                kind.append(frame.assign(method=method, **case))
+            for kind, frame in zip(found, step(evaluate_task, model, tokenizer, task, run=run, **asked), strict=True):
+                kind.append(frame.assign(**case))
 
-    score(dense, "dense", theta=float("nan"), seed=0, train_tokens=0)
+    score(dense, "dense", method="dense", theta=float("nan"), seed=0, train_tokens=0)
     for cell in cells:
-        fixed = isinstance(cell.experiment.dynamoe.train_route, int)
-        for method in (name for name in methods if (name == "static") == fixed):
+        for method in (name for name in methods if name in _kinds(cell)):
             model = own_model(cell, step, inputs)
             _route(model, cell, method)
-            settings = cell.experiment
-            score(model, method, theta=settings.dynamoe.theta, seed=settings.train.seed, train_tokens=cell.train_tokens)
+            case = pareto_case(cell, "router" if method in ("static", "tomoe") else method)
+            score(model, {"tomoe": "ToMoE"}.get(method, method), **case)  # names of notebook 08
     scores, documents = (pd.concat(frames, ignore_index=True) for frames in found)
     return scores, documents
+
+
+def _kinds(cell: Cell) -> tuple[str, ...]:
+    """The methods that a cell's model can be scored as."""
+    if cell.experiment.method == "tomoe":
+        return ("tomoe",)
+    return ("static",) if isinstance(cell.experiment.dynamoe.train_route, int) else ("router", "label", "random")
 
 
 def _route(model: "PreTrainedModel", cell: Cell, method: str) -> None:
@@ -80,7 +101,7 @@ def _route(model: "PreTrainedModel", cell: Cell, method: str) -> None:
 
     moe = cell.experiment.dynamoe
     if method != "random":
-        model.set_routing(moe.train_route if method == "static" else method)
+        model.set_routing({"static": moe.train_route, "tomoe": "router"}.get(method, method))
     elif "router" not in cell.traces:
         raise InputError("score_cells: 'random' draws with the router's shares, and a cell has no trace of it; measure mode 'router', too")
     else:

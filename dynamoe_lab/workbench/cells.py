@@ -155,7 +155,7 @@ def run_cell(
     model = _converted(experiment, step, inputs)
     steps, checkpoint = None, None
     if training.steps:
-        measured = {"heldout": inputs.blocks(experiment, "heldout")} if training.eval_steps else {}
+        measured = {"heldout": inputs.blocks(experiment, "heldout")} if training.eval_steps else {}  # as notebooks do
         steps, folder = step(train, model, inputs.blocks(experiment, "train"), training, tokenizer=tokenizer, **measured)
         checkpoint = folder / "checkpoint"
         model, _ = load_model(checkpoint, dtype=experiment.dtype, device=experiment.device)

@@ -204,7 +204,8 @@ def static_comparison(
 def _settings(pareto: pd.DataFrame, function: str) -> pd.Series:
     """A code per setting, the same for its seeds."""
     require(pareto, _COLUMNS, function)
-    fraction = pareto["active_mlp_fraction"].where(pareto["theta"].isna()).round(3)  # the cut, where there is no θ
+    cut = pareto["theta"].isna() & ~pareto["method"].str.startswith("tomoe")  # a ToMoE model's p is in its name
+    fraction = pareto["active_mlp_fraction"].where(cut).round(3)
     keys = pareto[["metric", "method", "theta", "train_tokens"]].assign(fraction=fraction)
     return keys.groupby(list(keys.columns), sort=False, dropna=False).ngroup()
 

@@ -17,7 +17,7 @@ _RATIOS = (*SETTING, "routing", "active_mlp_fraction", "n")
 _SETTINGS = ("#332288", "#CC6677", "#117733", "#AA8800", "#882255", "#44AA99")  # apart from the colours of methods
 _BOUND = {"linestyle": (0, (3, 1.5)), "linewidth": 0.9, "alpha": 0.75}
 _ROUTED = ("mixed", "one expert", "router")  # whose routers run
-_WHO = {"one expert": "one expert for all", "mixed": "experts mixed", "router": "trained router"}
+_WHO = {"one expert": "one expert for all", "mixed": "experts mixed", "router": "trained router", "ToMoE": "ToMoE, its router"}
 _ALIKE = 0.025  # active shares that a title tells as one: draws and texts differ a little
 _DODGE = 0.007  # of the MLP, between settings of one active share
 
@@ -39,7 +39,7 @@ def plot_latency(ratios: pd.DataFrame, *, figure: Figure | SubFigure | None = No
     axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
     for ax, phase in zip(axes, phases, strict=True):
         for rows, look, at in _settings(ratios, phase):
-            asked = rows["routing"].isin(_ROUTED)  # a fixed width asks no router, so its bound is a little lower
+            asked = rows["routing"].isin(_ROUTED)  # a fixed width asks no router, and ToMoE is bound by its attention, too
             bound = rows[asked | ~asked.any()].sort_values("active_mlp_fraction")
             ax.plot(bound["active_mlp_fraction"], 1 / bound["amdahl"], color=look["color"], zorder=1, **_BOUND)
             _marks(ax, rows, "time_ratio", look, at)
@@ -103,7 +103,7 @@ def _settings(ratios: pd.DataFrame, phase: str) -> list[tuple[pd.DataFrame, dict
 
 def _kind(routing: str) -> str:
     """The method whose marker a routing has: tokens mixed by chance, all alike, or as the router says."""
-    return {"mixed": "random", "router": "router", "label": "label"}.get(routing, "static")
+    return {"mixed": "random", "router": "router", "label": "label", "ToMoE": "tomoe"}.get(routing, "static")
 
 
 def _marks(ax: Axes, rows: pd.DataFrame, name: str, look: dict, shift: float) -> None:
@@ -114,7 +114,7 @@ def _marks(ax: Axes, rows: pd.DataFrame, name: str, look: dict, shift: float) ->
         spread = np.clip([value - part[f"{name}_low"], part[f"{name}_high"] - value], 0, None)
         ax.errorbar(at, value, np.nan_to_num(spread), fmt="none", ecolor=look["color"], elinewidth=0.9, capsize=2, zorder=2)
         line = {"mixed": ("-", 1.1), "one expert": (":", 0.9)}.get(routing, ("none", 0))
-        size = {"router": 6.0, "mixed": 5.4}.get(routing, 4.2)
+        size = {"router": 6.0, "ToMoE": 6.0, "mixed": 5.4}.get(routing, 4.2)
         above = 4 if routing == "router" else 3
         face = look["color"] if routing != "one expert" else "white"
         marker = method_marker(_kind(routing))

@@ -162,6 +162,7 @@ def _seeds(ax: Axes, rows: pd.DataFrame, points: pd.DataFrame, cost: str, unit: 
         same = rows[(rows["method"] == point.method) & (rows["train_tokens"] == point.train_tokens)]
         same = same[
             (same["theta"] == point.theta)
+            | same["method"].str.startswith("tomoe")  # whose p is in the name
             | (np.isnan(point.theta) & np.isclose(same["active_mlp_fraction"], point.active_mlp_fraction, atol=2e-3))
         ]
         ax.plot(same[cost] / unit, same["value"], ".", color=method_color(point.method), markersize=2.5, zorder=4)
@@ -242,7 +243,7 @@ def _legend(figure: Figure | SubFigure, ax: Axes | None, points: pd.DataFrame, *
     handles = []
     for method in dict.fromkeys(points["method"]):
         look = {"color": method_color(method), "marker": method_marker(method), "linestyle": "none", "markersize": 5.5}
-        handles.append(Line2D([], [], label=_NAMES.get(method, method), **look))
+        handles.append(Line2D([], [], label=_name(method), **look))
     grey = {"color": "#666666", "marker": "o", "linestyle": "none", "markersize": 5.5}
     if (points["train_tokens"] == 0).any():
         handles.append(Line2D([], [], mfc="white", label="hollow: not trained", **grey))
@@ -260,6 +261,11 @@ def _legend(figure: Figure | SubFigure, ax: Axes | None, points: pd.DataFrame, *
     title = {"title": note, "title_fontsize": 6.5} if note else {}
     columns = max(1, int(figure.bbox.width / figure.dpi / 2))  # 2 inches each
     figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, **look, **title)
+
+
+def _name(method: str) -> str:
+    """A method's name in the key."""
+    return method.replace("tomoe", "ToMoE,", 1) if method.startswith("tomoe ") else _NAMES.get(method, method)
 
 
 def _message(points: pd.DataFrame, metric: str) -> str:
