@@ -17,7 +17,8 @@ from dynamoe_lab.analysis import benchmark_deltas
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation import export_tasks
 from dynamoe_lab.workbench import benchmarks
-from dynamoe_lab.workbench.benchmarks import compare_scores, default_folder
+from dynamoe_lab.workbench.benchmarks import default_folder
+from dynamoe_lab.workbench.comparison import compare_scores
 
 FEW = ("--tasks", "piqa,winogrande", "--limit", "6")
 
@@ -242,6 +243,12 @@ class TestCompare:
 
     def test_mistakes_are_one_line(self, folders, tmp_path, project):
         fewer = write_folder(tmp_path / "fewer", make_documents(30, {"dense": 0.0}))
+        digests = make_documents(40).assign(digest=lambda frame: frame["task"] + frame["doc_id"].astype(str))
+        dense_digests = digests[digests["run"] == "dense"]
+        digests[digests["run"] == "router"].to_parquet(folders["router"] / "documents.parquet")
+        fake = (dense_digests["task"] == "piqa") & (dense_digests["doc_id"] < 4)
+        other = write_folder(tmp_path / "other", dense_digests.assign(digest=dense_digests["digest"].where(~fake, "other")))
+        lacking = write_folder(tmp_path / "lacking", dense_digests[dense_digests["task"] != "sciq"])
         empty = tmp_path / "empty"
         empty.mkdir()
         dense = pd.read_parquet(folders["dense"] / "scores.parquet")
@@ -253,7 +260,11 @@ class TestCompare:
         for words, message in [
             ((router, tmp_path / "nowhere"), "nowhere: no such folder; make it with: dynamoe-lab eval MODEL"),
             ((empty, router), "empty: no scores in this folder"),
-            ((router, fewer), "task arc_easy: the documents differ (40 in run 'router', 30 in the reference, 30 in both)"),
+            ((router, fewer), f"task arc_easy: the documents differ (40 in {router}, 30 in {fewer}, 30 in both)"),
+            ((router, other), f"task piqa: 4 of 40 documents differ in text between {router} and {other}"),
+            ((router, lacking), f"task sciq: scored in {router}, not in {lacking}; score it there, too, or compare --tasks arc_easy,"),
+            ((lacking, router), f"task sciq: scored in {router}, not in {lacking}"),
+            ((router, folders["dense"], "--metric", "margin"), "--metric margin: no score"),
             ((router, moved), "task arc_easy: split validation (stock: test) in"),
             ((broken, router), "its tables cannot be read"),
             ((router, folders["dense"], "--metric", "rouge"), "--metric rouge: not in"),
