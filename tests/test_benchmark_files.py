@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +244,18 @@ def test_tasks_and_limit_are_checked_without_a_model(make_task):  # noqa: F811
     refused(lambda: lab.check_tasks([path], limit=0), "limit = 0: give a whole number of at least 1")
     refused(lambda: lab.check_tasks([path, path.with_name("nowhere.yaml")]), "nowhere.yaml: no such file")
     refused(lambda: lab.check_tasks([path, path]), "named twice")
+
+
+def test_the_readmes_task_file_is_one(tmp_path, monkeypatch, tokenizer):  # noqa: F811
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    definition = re.search(r"```yaml\n(task: .*?)```", text, re.S)[1]
+    document = re.search(r"# colors.jsonl: (\{.*\})", definition)[1]
+    (tmp_path / "colors.yaml").write_text(definition)
+    (tmp_path / "colors.jsonl").write_text(document + "\n")
+    monkeypatch.chdir(tmp_path)
+    scores, documents = evaluate_task(make_dense(), tokenizer, "colors.yaml")
+    assert scores.set_index("metric").loc["acc", "n"] == 1
+    assert "bits_per_byte" in wide(documents)
 
 
 def test_perplexity_tasks_have_no_choices_to_check(make_task, tokenizer, capfd):  # noqa: F811

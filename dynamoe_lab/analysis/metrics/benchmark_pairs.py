@@ -34,14 +34,13 @@ def benchmark_deltas(
 
     Returns:
         One row per run and task, then "average" (unweighted mean over tasks) and, where more than the paper's four tasks were scored,
-        "average4": run, task, metric, value, reference_value, difference, low, high, relative (value / reference_value - 1), relative_low,
-        relative_high; mcnemar_p (exact, two-sided) and holm_p (adjusted for all tasks of the run), only_run and only_reference (documents
-        that only one of the two has right), all four of documents that are right or wrong, of a single seed, else nan; detectable (the
-        smallest difference this sample shows with 80 % power: of a task with a holm_p at 5 % over the number of tasks, which is what Holm's
-        correction asks of the first of them and at least what it asks of the others, else at 5 %), n (documents), seeds, seed_low,
-        seed_high (lowest and highest difference of a single seed), confidence; split, if `documents` has it. An interval is nan where no
-        document tells the two apart; with fewer than about ten discordant documents a bootstrap interval is too short, and the exact p
-        decides (`told_apart`).
+        "average4": run, task, metric, value, reference_value, difference, low, high, relative (value / reference_value - 1),
+        relative_low, relative_high; mcnemar_p (exact, two-sided) and holm_p (adjusted for all tasks of the run), only_run and
+        only_reference (documents that only one of the two has right), all four of documents that are right or wrong, of a single seed,
+        else nan; detectable (the smallest difference this sample shows with 80 % power: of a task with a holm_p at 5 % over the number of
+        tasks, the strictest that Holm's correction asks for, else at 5 %), n (documents), seeds, seed_low, seed_high (lowest and highest
+        difference of a single seed), confidence; split, if `documents` has it. An interval is nan where no document tells the two apart;
+        with fewer than about ten discordant documents a bootstrap interval is too short, and the exact p decides (`told_apart`).
 
     Raises:
         InputError: a task's documents differ between the two, in number or text (it says how many), or no rows of the metric.

@@ -76,7 +76,7 @@ def plot_benchmark_deltas(deltas: pd.DataFrame, *, figure: Figure | SubFigure | 
     """Difference to the dense parent on the same documents, task by task and on average; full marks are differences (`told_apart`).
 
     The grey band reaches as far as a true difference that this sample would miss more than one time in five (a task's own test at 5 %
-    over the number of tasks, which is the least that Holm's correction asks for), so a hollow mark within a wide band says little. On the
+    over the number of tasks, which is the most that Holm's correction asks for), so a hollow mark within a wide band says little. On the
     right: documents, and McNemar's exact p adjusted for all tasks of the run (Holm).
 
     Args:
