@@ -319,6 +319,8 @@ class TestCompare:
         digests[digests["run"] == "router"].to_parquet(folders["router"] / "documents.parquet")
         fake = (dense_digests["task"] == "piqa") & (dense_digests["doc_id"] < 4)
         other = write_folder(tmp_path / "other", dense_digests.assign(digest=dense_digests["digest"].where(~fake, "other")))
+        whole = write_folder(tmp_path / "whole", dense_digests[dense_digests["task"] == "piqa"])
+        dense_digests.head(0).to_parquet(whole / "documents.parquet")
         lacking = write_folder(tmp_path / "lacking", dense_digests[dense_digests["task"] != "sciq"])
         empty = tmp_path / "empty"
         empty.mkdir()
@@ -335,6 +337,7 @@ class TestCompare:
             ((router, other), f"task piqa: 4 of 40 documents differ in text between {router} and {other}"),
             ((router, lacking), f"task sciq: scored in {router}, not in {lacking}; score it there, too, or compare --tasks arc_easy,"),
             ((lacking, router), f"task sciq: scored in {router}, not in {lacking}"),
+            ((router, whole), "whole: piqa: no number for each document, so nothing to compare by document"),
             ((router, folders["dense"], "--metric", "margin"), "--metric margin: no score"),
             ((router, moved), "task arc_easy: split validation (stock: test) in"),
             ((broken, router), "its tables cannot be read"),

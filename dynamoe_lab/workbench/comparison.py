@@ -96,6 +96,8 @@ def _read(folder: Path, metric: str, tasks: Sequence[str]) -> "tuple[dict[str, A
         raise InputError(f"{folder}: task {absent[0]} was not scored; there is {', '.join(scores['task'].unique())}")
     if tasks:
         scores, documents = (frame[frame["task"].isin(tasks)] for frame in (scores, documents))
+    if documents.empty:
+        raise InputError(f"{folder}: {', '.join(scores['task'].unique())}: no number for each document, so nothing to compare by document")
     if metric not in set(documents["metric"]):
         raise InputError(f"--metric {metric}: not in {folder}; there is {', '.join(sorted(set(documents['metric'])))}")
     return read_json(folder / SETTINGS), scores, documents
