@@ -131,6 +131,15 @@ class TestRightChoices:
         assert value(scores, "acc") >= wide(texts)["acc"].mean()
         assert "bits_per_byte" not in wide(several)
 
+    def test_spaces_that_are_scored_with_the_answer_are_among_its_bytes(self, make_task, tokenizer):  # noqa: F811
+        for name, text in (("tight", "{{question}}"), ("loose", "{{question}}  ")):
+            path, rows = make_task({**CHOICES, "doc_to_text": text}, name=name)
+            (task,) = load_tasks([path]).values()
+            assert task.doc_to_text(rows[0]) == rows[0]["question"] + text[12:]
+            found = wide(evaluate_task(make_dense(), tokenizer, path)[1])
+            size = np.array([len(row["choices"][row["answer"]].encode()) + 1 + len(text[12:]) for row in rows])
+            assert found["bits_per_byte"].to_numpy() == pytest.approx(-found["loglikelihood"].to_numpy() / np.log(2) / size)
+
 
 class TestErrors:
     def test_they_are_a_line_that_names_the_file(self, make_task, tokenizer, tmp_path):  # noqa: F811

@@ -78,6 +78,7 @@ def _answer(sample: dict[str, Any], definition: "Task") -> dict[str, float]:
         if len(named) != 1:
             return found
         right = named[0]
-    scored = sample["arguments"][right][1]
+    context, scored = sample["arguments"][right][:2]
+    scored = context[len(context.rstrip()) :] + scored  # lm-eval scores a context's last spaces with the answer
     bits = -logs[right] / math.log(2) / len(scored.encode("utf-8"))
     return {"bits_per_byte": bits, "loglikelihood": logs[right], **found}
