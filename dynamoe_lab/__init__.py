@@ -111,6 +111,7 @@ _ROOMS = {
     "dynamoe_lab.evaluation": (
         "TASKS",
         "attention_masks",
+        "check_tasks",
         "count_active_params",
         "document_divergences",
         "document_losses",

@@ -19,7 +19,7 @@ from dynamoe_lab.evaluation.benchmark_lm import BenchmarkLM
 from dynamoe_lab.workbench.steps import run_step
 
 SCORES = ["run", "task", "split", "metric", "value", "stderr", "n", "task_version", "batch_size", "dtype"]
-DOCUMENTS = ["run", "task", "doc_id", "metric", "value", "n"]
+DOCUMENTS = ["run", "task", "doc_id", "metric", "value", "n", "digest"]
 CHOICES = {
     "output_type": "multiple_choice",
     "doc_to_text": "{{question}}",
@@ -56,10 +56,8 @@ def words(rng: np.random.Generator, count: int) -> str:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Task files of one's own go through the cache of datasets."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    """Documents of task files are kept below the home folder."""
+    monkeypatch.setenv("DYNAMOE_LAB_HOME", str(tmp_path / "own-home"))
 
 
 @pytest.fixture
@@ -191,7 +189,7 @@ def test_the_head_runs_for_scored_positions_only(family, make_task, tokenizer):
 
 def test_an_answer_without_tokens_is_refused(make_task, tokenizer):
     path, _ = make_task({**LAST_WORD, "doc_to_target": "{{''}}"})
-    with pytest.raises(InputError, match="an answer of 0 tokens cannot be scored"):
+    with pytest.raises(InputError, match="task mine, document 0: an answer of 0 tokens cannot be scored: give 1 to 128"):
         evaluate_task(make_dense(), tokenizer, path)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -11,13 +12,15 @@ import pandas as pd
 import pytest
 from benchmark_frames import make_documents, make_scores
 from kill_randomly import home_with_assets, kill
+from scipy import stats
 from test_cli import call
 
 from dynamoe_lab.analysis import benchmark_deltas
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation import export_tasks
 from dynamoe_lab.workbench import benchmarks
-from dynamoe_lab.workbench.benchmarks import compare_scores, default_folder
+from dynamoe_lab.workbench.benchmarks import default_folder
+from dynamoe_lab.workbench.comparison import compare_scores
 
 FEW = ("--tasks", "piqa,winogrande", "--limit", "6")
 
@@ -137,6 +140,71 @@ class TestEval:
             assert (name == "scores") == times[0].any()
 
     @pytest.mark.assets
+    def test_two_runs_into_one_folder_keep_the_tasks_of_both(self, own, monkeypatch):
+        """The second one begins and ends while the first one scores."""
+        real = benchmarks.run_step
+
+        def disturbed(function, args, kwargs, **options):
+            done = real(function, args, kwargs, **options)
+            if args[2] == "winogrande":
+                monkeypatch.setattr(benchmarks, "run_step", real)
+                assert call("eval", "smollm2-pico", "--tasks", "sciq", "--limit", "4", "--output", "scores").exit_code == 0
+            return done
+
+        monkeypatch.setattr(benchmarks, "run_step", disturbed)
+        done = call("eval", "smollm2-pico", "--tasks", "piqa,winogrande", "--limit", "4", "--output", "scores")
+        assert done.exit_code == 0, done.output
+        for name in ("scores", "documents"):
+            assert set(pd.read_parquet(own / "scores" / f"{name}.parquet")["task"]) == {"piqa", "sciq", "winogrande"}
+        assert set(json.loads((own / "scores" / "eval.json").read_text())["tasks"]) == {"piqa", "sciq", "winogrande"}
+
+    def test_writers_wait_for_each_other(self, tmp_path):
+        documents = make_documents(20, {"dense": 0.0})
+        scores, failed = make_scores(documents), []
+
+        def write(task):
+            try:
+                fresh = [frame[frame["task"] == task] for frame in (scores, documents)]
+                benchmarks._add(tmp_path / "scores", {"limit": 20}, {task: task}, fresh, tmp_path)
+            except Exception as error:
+                failed.append(error)
+
+        tasks = list(documents["task"].unique())
+        threads = [threading.Thread(target=write, args=(task,)) for task in tasks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+        for name, frame in (("scores", scores), ("documents", documents)):
+            found = pd.read_parquet(tmp_path / "scores" / f"{name}.parquet")
+            assert found["task"].value_counts().to_dict() == frame["task"].value_counts().to_dict()
+
+    @pytest.mark.assets
+    def test_another_task_of_the_same_name_is_refused(self, own):
+        (name,) = export_tasks(own / "files", ["piqa"])
+        file = own / "files" / f"{name}.yaml"
+        file.write_text(file.read_text().replace(f"task: {name}", "task: piqa"))
+        words = ("eval", "smollm2-pico", "--limit", "2", "--output", "scores", "--tasks")
+        assert call(*words, "piqa").exit_code == 0
+        other = call(*words, str(file))
+        assert (other.exit_code, other.stderr.count("\n")) == (2, 1), other.output
+        assert "scores: holds task piqa from piqa, not from piqa_local.yaml; choose another --output" in other.stderr
+        assert call(*words, "piqa").exit_code == 0
+
+    def test_the_table_has_intervals_and_metrics_of_ones_own(self):
+        documents = make_documents(40, {"dense": 0.0}, tasks=("piqa", "sciq"))
+        scores = make_scores(documents)
+        exact = scores[scores["metric"] == "acc"].assign(metric="exact_match,strict", value=0.25, stderr=0.07)
+        lines = benchmarks._score_text(pd.concat([scores, exact])).splitlines()
+        assert "exact_match,strict" in lines[0]
+        right = int(documents.query("task == 'piqa' and metric == 'acc'")["value"].sum())
+        low, high = stats.binomtest(right, 40).proportion_ci(method="wilson")
+        piqa = next(line for line in lines if line.startswith("piqa"))
+        assert f"{100 * right / 40:.1f} % ({100 * low:.1f} to {100 * high:.1f})" in piqa
+        assert "0.250 ± 0.070" in piqa
+
+    @pytest.mark.assets
     def test_a_task_file_that_changed_is_scored_again(self, own):
         """The file itself, or the documents it points to: without its first one, the others move up."""
         (name,) = export_tasks(own / "files", ["piqa"])
@@ -177,7 +245,11 @@ class TestEval:
         assert "A: full (nested, routing full, float32, first 6 documents" in compared.stdout
         assert "+0.0" in compared.stdout
         wrong = call("eval", "nested", *FEW, "--routing", "7", "--output", "seven")
-        assert (wrong.exit_code, "an expert's index from 0 to 3" in wrong.stderr, wrong.stderr.count("\n")) == (2, True, 1)
+        assert (
+            wrong.exit_code,
+            "an expert's index from 0 to 3" in wrong.stderr and "random" not in wrong.stderr,
+            wrong.stderr.count("\n"),
+        ) == (2, True, 1)
 
     @pytest.mark.assets
     @pytest.mark.parametrize(
@@ -242,6 +314,14 @@ class TestCompare:
 
     def test_mistakes_are_one_line(self, folders, tmp_path, project):
         fewer = write_folder(tmp_path / "fewer", make_documents(30, {"dense": 0.0}))
+        digests = make_documents(40).assign(digest=lambda frame: frame["task"] + frame["doc_id"].astype(str))
+        dense_digests = digests[digests["run"] == "dense"]
+        digests[digests["run"] == "router"].to_parquet(folders["router"] / "documents.parquet")
+        fake = (dense_digests["task"] == "piqa") & (dense_digests["doc_id"] < 4)
+        other = write_folder(tmp_path / "other", dense_digests.assign(digest=dense_digests["digest"].where(~fake, "other")))
+        whole = write_folder(tmp_path / "whole", dense_digests[dense_digests["task"] == "piqa"])
+        dense_digests.head(0).to_parquet(whole / "documents.parquet")
+        lacking = write_folder(tmp_path / "lacking", dense_digests[dense_digests["task"] != "sciq"])
         empty = tmp_path / "empty"
         empty.mkdir()
         dense = pd.read_parquet(folders["dense"] / "scores.parquet")
@@ -253,7 +333,12 @@ class TestCompare:
         for words, message in [
             ((router, tmp_path / "nowhere"), "nowhere: no such folder; make it with: dynamoe-lab eval MODEL"),
             ((empty, router), "empty: no scores in this folder"),
-            ((router, fewer), "task arc_easy: the documents differ (40 in run 'router', 30 in the reference, 30 in both)"),
+            ((router, fewer), f"task arc_easy: the documents differ (40 in {router}, 30 in {fewer}, 30 in both)"),
+            ((router, other), f"task piqa: 4 of 40 documents differ in text between {router} and {other}"),
+            ((router, lacking), f"task sciq: scored in {router}, not in {lacking}; score it there, too, or compare --tasks arc_easy,"),
+            ((lacking, router), f"task sciq: scored in {router}, not in {lacking}"),
+            ((router, whole), "whole: piqa: no number for each document, so nothing to compare by document"),
+            ((router, folders["dense"], "--metric", "margin"), "--metric margin: no score"),
             ((router, moved), "task arc_easy: split validation (stock: test) in"),
             ((broken, router), "its tables cannot be read"),
             ((router, folders["dense"], "--metric", "rouge"), "--metric rouge: not in"),

@@ -26,7 +26,7 @@ def test_the_whole_sentence():
         "(95 % interval -2.9 to -0.9); single tasks below by McNemar's exact test, adjusted for all tasks: PIQA -12.5 points (-22.5 to "
         "-2.5, p = 0.004); single tasks above by McNemar's exact test, adjusted for all tasks: ARC-easy +10.0 points (+2.0 to +18.0, p = "
         "0.02); not distinguishable: SciQ and WinoGrande, where the samples could show differences of 10.0 to 19.0 points or more "
-        "(n = 40 documents a task; SciQ: validation (stock: test))."
+        "at 5 % over the number of tasks (n = 40 documents a task; SciQ: validation (stock: test))."
     )
 
 
@@ -41,7 +41,7 @@ def test_an_interval_without_zero_is_not_enough():
     sentence = benchmark_finding(make_deltas().query("task == 'sciq'"))
     assert sentence == (
         "Not distinguishable by McNemar's exact test, adjusted for all tasks: SciQ, where the samples could show differences of 10.0 "
-        "points or more (n = 40 documents a task; SciQ: validation (stock: test))."
+        "points or more at 5 % over the number of tasks (n = 40 documents a task; SciQ: validation (stock: test))."
     )
 
 

@@ -127,6 +127,19 @@ class TestPareto:
         )
         assert pareto_finding(pd.concat([rows, scores[scores["method"] != "dense"]])) == pareto_finding(rows)
 
+    @pytest.mark.parametrize(("apart", "said"), [(True, "average accuracy 40.0 %, below"), (False, None)])
+    def test_of_a_single_task_the_exact_test_decides(self, apart, said):
+        """Whatever the interval, as `benchmark_finding` does; an average goes by its interval."""
+        rows = make_pareto([("dense", np.nan, 0, 0, 1.0, 1.0), ("router", 0.8, 0, 1000, 0.5, 2.0)])
+        scores = make_pareto([("dense", np.nan, 0, 0, 1.0, 0.5), ("router", 0.8, 0, 1000, 0.48, 0.4)], metric="average_accuracy")
+        for low, high in ((0.33, 0.47), (0.33, 0.52), (np.nan, np.nan)):
+            one = scores.assign(low=[np.nan, low], high=[np.nan, high], n=175, tasks=1, told_apart=[False, apart])
+            sentence = pareto_finding(pd.concat([rows, one]))
+            assert (said in sentence) if said else ("accuracy" not in sentence)
+            assert "nan" not in sentence
+            several = pareto_finding(pd.concat([rows, one.assign(tasks=7)]))
+            assert ("accuracy" in several) == (high == 0.47)
+
     @staticmethod
     def comparison(ratio, *, low=None, high=None, static=0.66, **columns) -> pd.DataFrame:
         row = {"theta": 0.9, "seed": 0, "train_tokens": 40960, "active_mlp_fraction": 0.66, "static_fraction": static, "ratio": ratio}

@@ -144,7 +144,7 @@ class TestDeltas:
             assert row[["value", "reference_value", "difference"]].tolist() == pytest.approx([own.mean(), base.mean(), (own - base).mean()])
             assert row[["only_run", "only_reference", "n", "seeds"]].tolist() == [b, c, 60, 1]
             assert row["mcnemar_p"] == pytest.approx(stats.binomtest(b, b + c).pvalue if b + c else 1.0)
-            assert row["detectable"] == pytest.approx(detectable_change(60, (b + c) / 60))
+            assert row["detectable"] == pytest.approx(detectable_change(60, (b + c) / 60, level=0.05 / 7), nan_ok=True)
             assert row["relative"] == pytest.approx(own.mean() / base.mean() - 1)
         assert deltas.loc[list(TASKS), "holm_p"].to_numpy() == pytest.approx(holm(deltas.loc[list(TASKS), "mcnemar_p"]))
         for name, tasks in (("average", TASKS), ("average4", TASKS[:4])):
@@ -152,6 +152,51 @@ class TestDeltas:
             assert deltas.loc[name, "n"] == 60 * len(tasks)
             assert np.isnan(deltas.loc[name, ["mcnemar_p", "holm_p", "only_run"]].astype(float)).all()
         assert (deltas["low"].dropna() <= deltas["difference"][deltas["low"].notna()]).all()
+
+    def test_what_is_detectable_is_told_apart(self):
+        """By simulation: a difference of that size in one of four tasks, the others alike, passes Holm's correction four times in five."""
+        n, share = 150, 0.3
+        base, same = np.arange(n) % 2.0, np.arange(n) % 2.0
+        changed = base.copy()
+        changed[: int(share * n)] = 1 - changed[: int(share * n)]
+        table = lambda run, columns: pd.concat(  # noqa: E731
+            pd.DataFrame({"run": run, "task": task, "doc_id": range(n), "metric": "acc", "value": column})
+            for task, column in columns.items()
+        )
+        names = ("piqa", "sciq", "hellaswag", "winogrande")
+        deltas = benchmark_deltas(
+            table("router", dict.fromkeys(names, same) | {"piqa": changed}), table("dense", dict.fromkeys(names, base))
+        )
+        d = deltas.set_index("task").loc["piqa", "detectable"]
+        assert d > detectable_change(n, share)
+        counts = np.random.default_rng(0).multinomial(n, [(share + d) / 2, (share - d) / 2, 1 - share], size=3000)
+        found = [holm([mcnemar(b, c), 1.0, 1.0, 1.0])[0] < 0.05 for b, c, _ in counts]
+        assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+
+    def test_an_averaged_reference_is_not_tested(self):
+        """Of several seeds a document can be half right, which McNemar's test does not know."""
+        reference = of(self.documents, "dense")
+        seeds = pd.concat([reference.assign(seed=0), of(make_documents(60, seed=1), "dense").assign(seed=1)])
+        deltas = benchmark_deltas(of(self.documents, "router"), seeds)
+        assert deltas[["mcnemar_p", "holm_p", "only_run"]].isna().all(axis=None)
+        twice = pd.concat([reference.assign(seed=seed) for seed in (0, 1)])
+        assert benchmark_deltas(of(self.documents, "router"), twice)["holm_p"].notna().sum() == 7
+
+    def test_other_texts_under_the_same_numbers_are_refused(self):
+        documents = self.documents.assign(digest=self.documents["task"] + self.documents["doc_id"].astype(str))
+        ours, reference = of(documents, "router"), of(documents, "dense")
+        pd.testing.assert_frame_equal(
+            benchmark_deltas(ours, reference), benchmark_deltas(of(self.documents, "router"), of(self.documents, "dense"))
+        )
+        changed = reference.assign(digest=reference["digest"].where((reference["task"] != "sciq") | (reference["doc_id"] > 3), "other"))
+        with pytest.raises(
+            InputError, match=r"^benchmark_deltas: task sciq: 4 of 60 documents differ in text between run 'router' and the"
+        ):
+            benchmark_deltas(ours, changed)
+        with pytest.raises(InputError, match="task sciq: 4 of 60 documents differ in text"):
+            benchmark_deltas(changed.assign(run="router"), reference)
+        benchmark_deltas(ours, changed.drop(columns="digest"))  # of earlier tables nothing is known
+        benchmark_deltas(ours, changed.assign(digest=changed["digest"].where(changed["digest"] != "other")))
 
     def test_order_of_rows_does_not_matter(self):
         shuffled = self.documents.sample(frac=1, random_state=0)

@@ -8,6 +8,7 @@ from benchmark_frames import make_documents, make_scores
 from dynamoe_lab.analysis.metrics import (
     ablation_table,
     accuracy_rows,
+    benchmark_deltas,
     collapsed_layers,
     expert_usage,
     pareto_front,
@@ -88,6 +89,10 @@ class TestAccuracyRows:
         row = accuracy_rows(scores, documents).set_index("method").loc["static"]
         assert (row["value"], row["n"], row["tasks"], row["chance"]) == (pytest.approx(right.mean()), 60, 1, 0.5)
         assert row["low"] < row["value"] < row["high"]
+        deltas = benchmark_deltas(
+            documents[documents["method"] == "static"], documents[documents["method"] == "dense"].drop(columns="seed")
+        )
+        assert row["told_apart"] == (deltas["mcnemar_p"].item() < 0.05)
 
     def test_without_a_reference_or_with_other_documents(self):
         scores, documents = make_scored()

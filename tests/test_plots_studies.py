@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import same_color
+from matplotlib.text import Text
 from test_plots import FRACTIONS, cells, close_figures, frames, make_pareto, make_sweep, routing, texts, title  # noqa: F401
 
 from dynamoe_lab.analysis import plots, style
@@ -197,6 +198,16 @@ class TestPareto:
         assert texts(key)[-1] == "† SciQ: validation (stock: test)"
         assert key.get_legend() is not None
         assert "times the dense perplexity" in title(figure)
+
+    def test_accuracy_of_one_task_read_back_from_a_csv(self, tmp_path):
+        """An empty note comes back as nan."""
+        rows = self.scored(make_pareto())
+        own = rows["metric"] == "average_accuracy"
+        rows.assign(note=rows["note"].where(~own, ""), tasks=rows["tasks"].where(~own, 1)).to_csv(tmp_path / "pareto.csv", index=False)
+        figure = plots.plot_pareto(pd.read_csv(tmp_path / "pareto.csv"), dense_params=140e6)
+        below = next(ax for ax in figure.axes if ax.get_title(loc="left").startswith("scored"))
+        assert below.get_title(loc="left") == "scored: 1 task, n = 175 documents"
+        assert not any("nan" in text.get_text() for text in figure.findobj(Text))
 
     def test_accuracy_without_times_and_times_without_accuracy(self):
         figure = plots.plot_pareto(self.scored(make_pareto()), dense_params=140e6, x="active_mlp_fraction")

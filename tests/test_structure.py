@@ -261,7 +261,7 @@ def test_readme_commands_are_accepted(monkeypatch):
     from typer.testing import CliRunner
 
     from dynamoe_lab.config import load_experiment
-    from dynamoe_lab.workbench import benchmarks, checkpoints, inventory, notebooks, report, sweep
+    from dynamoe_lab.workbench import benchmarks, checkpoints, comparison, inventory, notebooks, report, sweep
     from dynamoe_lab.workbench.cli import app
 
     calls = []
@@ -278,7 +278,7 @@ def test_readme_commands_are_accepted(monkeypatch):
         monkeypatch.setattr(checkpoints, name, lambda *_, given, **__: calls.append(load_experiment("quick", given)))
     monkeypatch.setattr(checkpoints, "export_to_folder", lambda *_, **__: calls.append("export"))
     monkeypatch.setattr(benchmarks, "score_to_folder", lambda *_, **__: calls.append("eval"))
-    monkeypatch.setattr(benchmarks, "compare_scores", lambda *_, **__: calls.append("compare"))
+    monkeypatch.setattr(comparison, "compare_scores", lambda *_, **__: calls.append("compare"))
     monkeypatch.setattr(inventory, "list_runs", lambda *_: calls.append("ls"))
     monkeypatch.setattr(inventory, "find_run", lambda *_: calls.append("show"))
     monkeypatch.setattr(inventory, "show_run", lambda _: "")

@@ -139,7 +139,9 @@ def test_exported_files_ask_the_same(name, tmp_path, monkeypatch):
     assert exported.VERSION == ours.VERSION
     assert len(exported.eval_docs) == len(ours.eval_docs)
     assert exported.aggregation() == ours.aggregation()
-    text = (tmp_path / "tasks" / f"{name}_local.yaml").read_text()
+    file = tmp_path / "tasks" / f"{name}_local.yaml"
+    assert task_split(file, exported) == task_split(name, ours), "also how it differs from the stock one"
+    text = file.read_text()
     assert "dynamoe" not in text
     assert "site-packages" not in text
 

@@ -1,6 +1,6 @@
 """Perplexity, routing traces, benchmarks, cost, latency: model -> DataFrame."""
 
-from dynamoe_lab.evaluation.benchmarks import evaluate_benchmarks, evaluate_task
+from dynamoe_lab.evaluation.benchmarks import check_tasks, evaluate_benchmarks, evaluate_task
 from dynamoe_lab.evaluation.cost import count_active_params
 from dynamoe_lab.evaluation.cost_model import ideal_share, model_cost
 from dynamoe_lab.evaluation.difficulty import trace_similarity
@@ -17,6 +17,7 @@ from dynamoe_lab.evaluation.tasks import TASKS, load_tasks
 __all__ = [
     "TASKS",
     "attention_masks",
+    "check_tasks",
     "count_active_params",
     "document_divergences",
     "document_losses",

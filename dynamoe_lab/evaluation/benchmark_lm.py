@@ -6,9 +6,9 @@ token share a forward, as in HFLM. The head, a fifth of SmolLM2-135M's work, run
 """
 
 import inspect
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -21,6 +21,9 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation.cost import count_active_params
 from dynamoe_lab.evaluation.stopwatch import Stopwatch
 from dynamoe_lab.models import RoutedMixin
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
 
 __all__ = ["BenchmarkLM"]
 
@@ -45,13 +48,24 @@ class BenchmarkLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype="float32")
         self.progress = progress
         self.model_seconds = 0.0  # within the model's forward
+        self.in_model = False  # an error that comes while it is true is not the task's
         self.tokens = 0  # real tokens of all forwards
+        self.asked = self.shortened = 0  # requests, and those that did not fit
+        self._instances: list[Instance] = []  # of the requests that are being answered
         self._clock = Stopwatch(self.device)
         self._counts: Tensor | None = None  # [L, E] tokens by layer and expert
         forwards = [inspect.signature(vars(cls)["forward"]).parameters for cls in type(model).__mro__ if "forward" in vars(cls)]
         self._picks_columns = any("logits_to_keep" in parameters for parameters in forwards)
 
     # --- scoring ----------------------------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As in HFLM; messages name the documents that the requests are of."""
+        self._instances = requests
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._instances = []
 
     def _loglikelihood_tokens(
         self,
@@ -66,9 +80,14 @@ class BenchmarkLM(HFLM):
         sharing: dict[tuple[int, ...], list[int]] = {}  # input of a forward -> its requests
         for index, (_, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
-                raise InputError(f"an answer of {len(continuation)} tokens cannot be scored: the model has {self.max_length} positions")
+                whose = self._instances[index] if self._instances else None
+                where = f"task {whose.task_name}, document {whose.doc_id}: " if whose is not None else ""
+                allowed = f"give 1 to {self.max_length}, the model's positions"
+                raise InputError(f"{where}an answer of {len(continuation)} tokens cannot be scored: {allowed}")
             ids = (context + continuation)[-(self.max_length + 1) : -1]
+            self.shortened += len(context) + len(continuation) > self.max_length + 1
             sharing.setdefault(tuple(ids), []).append(index)
+        self.asked += len(requests)
         inputs = sorted(sharing, key=lambda ids: (-len(ids), ids))
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done, whole = 0, sum(map(len, inputs))
@@ -111,13 +130,25 @@ class BenchmarkLM(HFLM):
             options["attention_mask"] = real.long()
         if self._picks_columns:
             options["logits_to_keep"] = torch.arange(first, inps.shape[1], device=inps.device)
-        began = self._clock.now()
-        logits, experts = self._forward(inps, options)
-        self.model_seconds += self._clock.now() - began
+        with self._timed():
+            logits, experts = self._forward(inps, options)
         self.tokens += int(real.sum())
         if experts is not None:
             self._count(experts[:, real.flatten()])
         return logits
+
+    def _model_generate(self, *args: Any, **options: Any) -> Tensor:
+        """As in HFLM, timed."""
+        with self._timed():
+            return super()._model_generate(*args, **options)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count what runs inside as the model's time; an error inside is the model's."""
+        began, self.in_model = self._clock.now(), True
+        yield
+        self.in_model = False
+        self.model_seconds += self._clock.now() - began
 
     # --- who was active ---------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,9 @@ kept as it finishes, under a key with the model's weights, routing and dtype, th
 """
 
 import contextlib
+import copy
 import math
+import numbers
 import os
 import sys
 import time
@@ -13,23 +15,35 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.evaluation.benchmark_tables import document_table, right_choices, task_scores
 from dynamoe_lab.evaluation.routing import evaluating
-from dynamoe_lab.evaluation.task_sources import task_sources
-from dynamoe_lab.evaluation.tasks import DEFINITIONS, TASKS, load_tasks, quiet_libraries, task_split
+from dynamoe_lab.evaluation.task_sources import is_task_file, task_sources
+from dynamoe_lab.evaluation.tasks import DEFINITIONS, TASKS, error_text, load_tasks, quiet_libraries, task_split
 from dynamoe_lab.models import RoutedMixin
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-__all__ = ["evaluate_benchmarks", "evaluate_task"]
+__all__ = ["check_tasks", "evaluate_benchmarks", "evaluate_task"]
 
 _EVERY = 10.0  # seconds between progress lines
 _SEED = 1234  # lm-eval's own, for tasks with examples in the prompt; the seven have none
+
+
+def check_tasks(tasks: Iterable[str | Path] = (), *, limit: int | None = None) -> list[str | Path]:
+    """The tasks that are going to be scored, the seven of `TASKS` if none is given, checked before hours are spent on a model.
+
+    Raises:
+        InputError: limit below 1; as `load_tasks`.
+    """
+    tasks = [tasks] if isinstance(tasks, (str, Path)) else list(tasks) or list(TASKS)
+    _check(limit, 1)
+    load_tasks(tasks)
+    return tasks
 
 
 def evaluate_benchmarks(
@@ -82,22 +96,34 @@ def evaluate_task(
         perplexity: LAMBADA's, of the last word); bits_per_byte (-log2 p of the right answer over the UTF-8 bytes of what is scored, its
         leading space too; mean over documents); active_params and active_mlp_fraction (mean over the tokens of all forwards, pads left
         out; n: these tokens); seconds_total, and share_outside_model (of them: loading data, tokens, scoring, tables; 0 to 1).
-        Table `documents`, a row per document and metric: run, task, doc_id, metric, value, n (documents of the task). Metrics: acc,
-        acc_norm, bits_per_byte; loglikelihood (nats, of the right answer); for tasks with choices also choice (index of the most
-        likely one) and margin (nats between it and the next: near 0, the choice is a float tie).
+        Table `documents`, a row per document and metric: run, task, doc_id, metric, value, n (documents of the task), digest (equal where
+        the same was asked, with the same right answer: what `benchmark_deltas` pairs). Metrics: acc, acc_norm; bits_per_byte and
+        loglikelihood (nats), of the right answer, where there is one; for tasks with choices also choice (index of the most likely one) and
+        margin (nats between it and the next: near 0, the choice is a float tie; NaN of a single choice).
 
     Raises:
-        InputError: limit or batch size below 1; as `load_tasks`.
+        InputError: limit or batch size below 1; as `load_tasks`; no document has a right choice; a task file that cannot be scored.
     """
     _check(limit, batch_size)
     began = time.perf_counter()
     ((name, definition),) = load_tasks([task]).items()
-    with _scoring(model, tokenizer, batch_size, _Progress(name) if progress else None) as lm:
-        samples, values = _run(lm, name, definition, limit)
+    whose = f"task file {Path(task).expanduser()}" if is_task_file(task) else f"task {name}"
+    # lm-eval gives a tokenizer a pad token, and may add one to its vocabulary: to a copy
+    with _scoring(model, copy.deepcopy(tokenizer), batch_size, _Progress(name) if progress else None) as lm:
+        try:
+            samples, values = _run(lm, name, definition, None if limit is None else int(limit))
+            _check_targets(samples, definition, whose)
+            documents = document_table(samples, definition)
+        except Exception as error:
+            if isinstance(error, InputError) or lm.in_model or not is_task_file(task):
+                raise
+            raise InputError(f"{whose}: cannot be scored ({error_text(error)})") from error
         active = lm.active() if lm.tokens else None
-    documents = _documents(samples, definition)
-    n = documents["doc_id"].nunique()
-    rows = [(metric, *measured, n) for metric, measured in _task_scores(values, documents).items()]
+    if lm.shortened:
+        what = f"{lm.shortened:,} of {lm.asked:,} prompts are longer than the model's {lm.max_length:,} positions and lose their beginning"
+        print(f"{whose}: {what}", file=sys.stderr, flush=True)
+    n = len({sample["doc_id"] for sample in samples})
+    rows = task_scores(values, documents, n)
     if active is not None:  # generated text is not counted
         rows += [("active_params", active[0], math.nan, lm.tokens), ("active_mlp_fraction", active[1], math.nan, lm.tokens)]
     seconds = time.perf_counter() - began
@@ -106,7 +132,7 @@ def evaluate_task(
     names = {"run": run, "task": name, "split": task_split(task, definition)}
     conditions = {"task_version": str(definition.VERSION), "batch_size": batch_size, "dtype": str(model.dtype).removeprefix("torch.")}
     scores = scores.assign(**names, **conditions)[[*names, *scores.columns, *conditions]]
-    return scores, documents.assign(run=run, task=name, n=n)[["run", "task", *documents.columns, "n"]]
+    return scores, documents.assign(run=run, task=name, n=n)[["run", "task", "doc_id", "metric", "value", "n", "digest"]]
 
 
 evaluate_task.step_ignores = ("progress",)  # how it is watched does not change what comes out
@@ -117,7 +143,7 @@ def _check(limit: int | None, batch_size: int) -> None:
     for name, value in {"limit": limit, "batch_size": batch_size}.items():
         if value is None and name == "limit":
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
             raise InputError(f"{name} = {value!r}: give a whole number of at least 1" + (", or none for all documents" * (name == "limit")))
 
 
@@ -126,17 +152,16 @@ def _check(limit: int | None, batch_size: int) -> None:
 
 @contextlib.contextmanager
 def _scoring(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Callable | None) -> Iterator[Any]:
-    """The model as lm-eval wants it; afterwards as it was found. The tokenizer gets a pad token of lm-eval's choice for the time."""
+    """The model as lm-eval wants it; afterwards as it was found. The tokenizer is lm-eval's to keep."""
     from dynamoe_lab.evaluation.benchmark_lm import BenchmarkLM
 
-    was_training, pad = model.training, tokenizer.pad_token
+    was_training = model.training
     routed = evaluating(model, "evaluate_task") if isinstance(model, RoutedMixin) else contextlib.nullcontext()
     try:
         with routed, quiet_libraries():
             yield BenchmarkLM(model, tokenizer, batch_size=batch_size, progress=progress)
     finally:
         model.train(was_training)
-        tokenizer.pad_token = pad
 
 
 def _run(lm: Any, name: str, definition: "Task", limit: int | None) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -152,6 +177,26 @@ def _run(lm: Any, name: str, definition: "Task", limit: int | None) -> tuple[lis
         if "," in metric and "_stderr," not in metric and isinstance(value, (int, float))
     }
     return results["samples"][name], values
+
+
+def _check_targets(samples: list[dict[str, Any]], definition: "Task", whose: str) -> None:
+    """Refuse a task whose right answers are none of its choices, for it would score 0 %; say so where that is so of some documents."""
+    if definition.OUTPUT_TYPE != "multiple_choice" or callable(definition.config.process_results):  # the task's own rules
+        return
+    documents = {sample["doc_id"]: sample["doc"] for sample in samples}
+    wrong = [
+        number for number, document in documents.items() if not right_choices(document, definition.doc_to_choice(document), definition)
+    ]
+    if not wrong:
+        return
+    field = "doc_to_text" if definition.multiple_input else "doc_to_target"
+    value, first = getattr(definition.config, field), documents[wrong[0]]
+    named = f"{field} ({getattr(value, '__name__', value)})"
+    if len(wrong) == len(documents):
+        gives = f"{getattr(definition, field)(first)!r} for the first one, which is no choice and no index of one"
+        raise InputError(f"{whose}: no document has a right choice: {named} gives {gives}; correct it")
+    told = f"{len(wrong):,} of {len(documents):,} documents have no right choice by {named}, the first is document {wrong[0]}"
+    print(f"{whose}: {told}; they count as wrong", file=sys.stderr, flush=True)
 
 
 def _plain_name(metric: str) -> str:
@@ -173,60 +218,3 @@ class _Progress:
         self.told, used = now, now - self.began
         left = f"about {used * (whole - done) / done:.0f} s left" if done < whole else f"{whole / used:.0f} tokens/s"
         print(f"{self.name}: {done:,} of {whole:,} tokens in {used:.0f} s, {left}", file=self.stream, flush=True)
-
-
-# --- tables ------------------------------------------------------------------------------------------------------------------------
-
-
-def _documents(samples: list[dict[str, Any]], definition: "Task") -> pd.DataFrame:
-    """Table `documents` without run and task."""
-    rows = []
-    for sample in samples:
-        suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
-        own = {f"{metric}{suffix}": sample[metric] for metric in sample["metrics"] if isinstance(sample[metric], (int, float, np.number))}
-        own.pop("perplexity", None)  # lm-eval's name for a document's log-likelihood, which comes next
-        rows += [(sample["doc_id"], metric, float(value)) for metric, value in {**own, **_answer(sample, definition)}.items()]
-    return pd.DataFrame(rows, columns=["doc_id", "metric", "value"])
-
-
-def _answer(sample: dict[str, Any], definition: "Task") -> dict[str, float]:
-    """What the log-likelihoods of a document say of its right answer, and of the choice."""
-    if definition.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
-        return {}
-    logs, right, found = [float(log) for log, _ in sample["filtered_resps"]], 0, {}
-    if definition.OUTPUT_TYPE == "multiple_choice":
-        choices = definition.doc_to_choice(sample["doc"])
-        logs = logs[: len(choices)]  # tasks that score mutual information ask once more, without context
-        right = _right_choice(sample["doc"], choices, definition)
-        best, following = sorted(logs, reverse=True)[:2]
-        found = {"choice": float(np.argmax(logs)), "margin": best - following}
-        if right is None:
-            return found
-    scored = sample["arguments"][right][1]
-    bits = -logs[right] / math.log(2) / len(scored.encode("utf-8"))
-    return {"bits_per_byte": bits, "loglikelihood": logs[right], **found}
-
-
-def _right_choice(document: dict[str, Any], choices: list[str], definition: "Task") -> int | None:
-    """The index of the right choice; None if the task names none, or several."""
-    # with several contexts for one continuation (WinoGrande) the text's place holds the index
-    gold = definition.doc_to_text(document) if definition.multiple_input else definition.doc_to_target(document)
-    if isinstance(gold, str):
-        gold = choices.index(gold) if gold in choices else None
-    return gold if isinstance(gold, int) and 0 <= gold < len(choices) else None
-
-
-def _task_scores(values: dict[str, float], documents: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """Metric -> its value and standard error: of the mean over documents; perplexity's by the delta method."""
-    columns = {metric: part["value"].to_numpy() for metric, part in documents.groupby("metric")}
-
-    def error(metric: str) -> float:
-        column = columns.get(metric, np.empty(0))
-        return float(column.std(ddof=1) / math.sqrt(len(column))) if len(column) > 1 else math.nan
-
-    found = {
-        metric: (value, value * error("loglikelihood") if metric == "perplexity" else error(metric)) for metric, value in values.items()
-    }
-    if "bits_per_byte" in columns:
-        found["bits_per_byte"] = (float(columns["bits_per_byte"].mean()), error("bits_per_byte"))
-    return found

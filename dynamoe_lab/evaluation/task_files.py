@@ -71,5 +71,7 @@ def _definition(name: str, file: Path, manager: "TaskManager") -> dict[str, Any]
         for key, value in entry.cfg.items()
     }
     changed = {**local_overrides(name, file), "task": f"{name}_local"}
+    if LOCAL[name].note:  # column `split` of our tables says it, too
+        changed["metadata"] = {**(stock.get("metadata") or {}), "documents": LOCAL[name].described}
     # no tag: `--tasks ai2_arc` would mean both, the stock task and this one; nothing where the stock file says nothing
     return {key: value for key, value in {**stock, **changed}.items() if key != "tag" and value is not None}

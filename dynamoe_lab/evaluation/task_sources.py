@@ -1,9 +1,10 @@
 """What a task file of lm-eval's format is made of: the file, those it includes, the modules beside it, its local data.
 
 A score depends on all of them, so a step's key has their contents (`evaluate_task.step_reads`): new documents under an old name are scored.
-Data that lies elsewhere (the Hub, a URL) is not looked at.
+Data that lies elsewhere (the Hub, a URL) is not looked at, nor is what a module beside the file imports or reads in its turn.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 
 from dynamoe_lab.errors import InputError
 
-__all__ = ["is_task_file", "task_sources"]
+__all__ = ["is_task_file", "read_definition", "sources_digest", "task_sources"]
 
 _REMOTE = "://"  # in a name: a URL, or a member of an archive
 
@@ -34,10 +35,31 @@ def task_sources(name: str | Path) -> list[Path]:
     if not is_task_file(name):
         return []
     path = Path(name).expanduser()
+    files, config = read_definition(path)
+    return list(dict.fromkeys([*files, *_data(config, path)]))
+
+
+def read_definition(path: Path) -> tuple[list[Path], dict[str, Any]]:
+    """The files that define a task, its own first, and what they say with everything included; functions by their names.
+
+    Raises InputError as `task_sources`, data aside.
+    """
     if not path.is_file():
         raise InputError(f"task file {path}: no such file; give a .yaml of lm-eval's format, or the name of a task")
-    files, config = _definition(path, path, ())
-    return list(dict.fromkeys([*files, *_data(config, path)]))
+    return _definition(path, path, ())
+
+
+def sources_digest(sources: Iterable[Path]) -> str:
+    """16 hexadecimal digits that stand for the names and contents of files, and of all files in folders."""
+    digest = hashlib.sha256()
+    for source in sources:
+        for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            if file.is_file():
+                digest.update(f"{file.absolute()}\0{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 20):
+                        digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 class _Function(str):

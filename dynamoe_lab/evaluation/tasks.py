@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamoe_lab.assets import ASSETS, build_once, fetch, home
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.evaluation.task_sources import is_task_file, task_sources
+from dynamoe_lab.evaluation.task_sources import is_task_file, read_definition, sources_digest, task_sources
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -31,6 +31,7 @@ __all__ = [
     "LOCAL",
     "TASKS",
     "LocalTask",
+    "error_text",
     "load_tasks",
     "local_overrides",
     "quiet_libraries",
@@ -86,7 +87,7 @@ def load_tasks(names: Iterable[str | Path] = TASKS) -> "dict[str, Task]":
 
     Raises:
         InputError: an unknown name (with the nearest ones), a group of tasks, a name given twice; a task file that cannot be read; data
-            that cannot be had.
+            that cannot be had; a task that runs code which a model wrote.
     """
     names = [names] if isinstance(names, (str, Path)) else list(names)
     if not names:
@@ -95,6 +96,8 @@ def load_tasks(names: Iterable[str | Path] = TASKS) -> "dict[str, Task]":
     with quiet_libraries():
         for given in names:
             task = _load_task(given)
+            if getattr(task, "UNSAFE_CODE", False):
+                raise InputError(f"task {given}: runs code that a model writes (unsafe_code: true), which is not done here; leave it out")
             if task.task_name in tasks:
                 raise InputError(f"task {task.task_name}: named twice ({', '.join(map(str, names))}); name it once")
             tasks[task.task_name] = task
@@ -102,10 +105,11 @@ def load_tasks(names: Iterable[str | Path] = TASKS) -> "dict[str, Task]":
 
 
 def task_split(given: str | Path, task: "Task") -> str:
-    """The split that a task, loaded by the name `given`, scores, as tables name it."""
+    """The split that a task, loaded by the name `given`, scores, as tables name it: of a file, as its `metadata.documents` says."""
     if given in LOCAL:
         return LOCAL[str(given)].described
-    return task.config.test_split if task.has_test_docs() else task.config.validation_split
+    told = (task.config.metadata or {}).get("documents") if is_task_file(given) else None
+    return str(told or (task.config.test_split if task.has_test_docs() else task.config.validation_split))
 
 
 def local_overrides(name: str, file: Path) -> dict[str, Any]:
@@ -143,8 +147,10 @@ def _load_task(given: str | Path) -> "Task":
     name = str(given)
     if name in LOCAL:
         return _load_local(name)
-    if is_task_file(given):
+    if is_task_file(given) and not name.startswith(HUB):
         return _load_file(Path(given).expanduser())
+    if name.startswith(HUB) and is_task_file(name):
+        raise InputError(f"task {name!r}: {HUB} goes before a name of lm-eval; give the file as {name.removeprefix(HUB)}")
     return _load_stock(name.removeprefix(HUB))
 
 
@@ -161,14 +167,53 @@ def _load_local(name: str) -> "Task":
 def _load_file(path: Path) -> "Task":
     from lm_eval.tasks import TaskManager
 
-    task_sources(path)  # what is not there is told in a line of ours
+    _, config = read_definition(path)
+    if not {"task", "group"} & set(config):
+        raise InputError(f"task file {path}: names no task; write `task: ` and a name of its own into it")
+    _check_metrics(config, path)
+    sources = task_sources(path)  # what is not there is told in a line of ours
     try:
-        loaded = TaskManager(include_defaults=False).load([str(path)])["tasks"]
+        with _documents_kept(home() / "datasets" / sources_digest(sources)):
+            loaded = TaskManager(include_defaults=False).load([str(path)])["tasks"]
     except Exception as error:  # a task file may run into anything: it names functions, templates, data
+        if isinstance(_cause(error), StopIteration):
+            raise InputError(f"task file {path}: its data hold no documents; write some, or correct dataset_kwargs") from error
         raise InputError(f"task file {path}: cannot be loaded ({_reason(error)})") from error
     if len(loaded) != 1:
         raise InputError(f"task file {path}: holds {len(loaded)} tasks; give a file of one task")
     return next(iter(loaded.values()))
+
+
+def _check_metrics(config: dict[str, Any], path: Path) -> None:
+    """Refuse a misspelt metric: lm-eval would look for it on the Hub, minutes long."""
+    from lm_eval.api import metrics  # noqa: F401 - fills the registry
+    from lm_eval.api.registry import metric_registry
+
+    entries = config.get("metric_list")
+    if config.get("process_results") is not None or not isinstance(entries, list):
+        return
+    for entry in entries:
+        name = entry.get("metric") if isinstance(entry, dict) else None
+        if type(name) is str and name not in metric_registry and entry.get("hf_evaluate") is not True:
+            near = difflib.get_close_matches(name, list(metric_registry), n=2, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise InputError(f"task file {path}: metric {name!r} is none of lm-eval's; {hint}`hf_evaluate: true` takes one from the Hub")
+
+
+@contextlib.contextmanager
+def _documents_kept(folder: Path) -> Iterator[None]:
+    """What is loaded inside goes through `folder`, unless a task names another `cache_dir`.
+
+    The cache of `datasets` knows a file by its path and time, so a file that was replaced with an equal time would give the old documents.
+    """
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = folder
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
 
 
 def _load_stock(name: str) -> "Task":
@@ -194,11 +239,23 @@ def _whole_index() -> "TaskManager":
     return TaskManager()
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of the error that started it: libraries wrap theirs in sentences that say nothing."""
+def error_text(error: BaseException) -> str:
+    """An error in a line, with its kind: 'TypeError: object of type 'NoneType' has no len()'."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text not in ("", "None") else type(error).__name__
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error that started it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that started it: libraries wrap theirs in sentences that say nothing."""
+    text = str(_cause(error)).strip()
+    return (text if text not in ("", "None") else type(_cause(error)).__name__).splitlines()[0].rstrip(" .:")
 
 
 # --- documents ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`dynamoe-lab eval` and `compare`: score one model on lm-eval's tasks into a folder, and set two such folders side by side.
+"""`dynamoe-lab eval`: score one model on lm-eval's tasks into a folder.
 
 A task is a step: the folder is written again as each one finishes, and the same command after a kill goes on with the next.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.cells import Inputs, check_modes
-from dynamoe_lab.workbench.files import read_json, told_when_full, write_atomic, write_json
+from dynamoe_lab.workbench.files import locked, read_json, told_when_full, write_atomic, write_json
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.inventory import table_text
 from dynamoe_lab.workbench.steps import run_step
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
     from dynamoe_lab.config import Experiment
 
-__all__ = ["compare_scores", "default_folder", "score_to_folder"]
+__all__ = ["SETTINGS", "default_folder", "millions_text", "score_notes", "score_to_folder"]
 
 SETTINGS = "eval.json"  # beside the tables: what was scored, and how
 _FIELDS = ("device", "dtype", "threads", "seed", "trust_remote_code", "evaluate.")  # of an experiment, that scores depend on
+_COUNTED = ("active_params", "active_mlp_fraction", "seconds_total", "share_outside_model")
 _SHOWN = {"acc": "acc", "acc_norm": "acc_norm", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
 
 
@@ -63,11 +64,11 @@ def score_to_folder(
         given: `key=value` experiment fields.
 
     Raises:
-        InputError: `output` holds something else, an unknown task or routing, a limit or batch size below 1.
+        InputError: `output` holds something else, or a task of the same name from elsewhere; an unknown task or routing, a limit or batch
+            size below 1.
     """
-    import pandas as pd
-
     from dynamoe_lab.evaluation import evaluate_task
+    from dynamoe_lab.evaluation.task_sources import is_task_file
     from dynamoe_lab.evaluation.tasks import TASKS, load_tasks
 
     for name, value in (("--limit", limit), ("--batch-size", batch_size)):
@@ -78,7 +79,9 @@ def score_to_folder(
     experiment, tasks = _experiment(model, given), list(tasks or TASKS)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / SETTINGS).is_file())):
         raise InputError(f"{output}: not an empty folder, and no scores to go on with; choose another --output, or remove it")
-    load_tasks(tasks)  # a wrong name or missing data is told before a model is loaded
+    names = list(load_tasks(tasks))  # a wrong name or missing data is told before a model is loaded
+    sources = {name: Path(task).name if is_task_file(task) else str(task) for name, task in zip(names, tasks, strict=True)}
+    _check_sources(output, sources)
     environment.seed_generators(experiment.seed, experiment.threads)
     network, tokenizer = Inputs().model(experiment)
     network = _deployed(network, model, say)
@@ -87,56 +90,14 @@ def score_to_folder(
     settings = {"model": Path(model).name or model, "routing": routing, "limit": limit, "batch_size": batch_size, "dtype": experiment.dtype}
     settings["fingerprint"] = fingerprint(network)
     run = settings["model"] if routing is None else f"{settings['model']}, {routing}"
-    scores, documents = _found(output, settings)
+    _found(output, settings)  # other settings are told before anything is scored
     with told_when_full(output, "free some, or choose another --output"):
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / SETTINGS, settings)
-        for number, task in enumerate(tasks, 1):
+        for number, (name, task) in enumerate(zip(names, tasks, strict=True), 1):
             done = run_step(evaluate_task, (network, tokenizer, task), {"limit": limit, "batch_size": batch_size}, home=home)
             fresh = [frame.assign(run=run) for frame in done.value]
-            name = fresh[0]["task"].iloc[0]
-            scores, documents = (
-                pd.concat([old[old["task"] != name], new], ignore_index=True) if old is not None else new
-                for old, new in zip((scores, documents), fresh, strict=True)
-            )
-            _write(output, scores, documents)
+            scores = _add(output, settings, {name: sources[name]}, fresh, home)
             say(f"[{number}/{len(tasks)}] {name}: {'read from the cache' if done.cached else f'{done.seconds:.0f} s'}")
     say(f"\n{_score_text(scores)}\nscores: {os.path.relpath(output)}")
-
-
-def compare_scores(first: Path, second: Path, *, metric: str = "acc", tasks: Sequence[str] = (), confidence: float = 0.95) -> str:
-    """First minus second, task by task on the same documents, as a table of text.
-
-    Args:
-        first, second: folders that `score_to_folder` wrote; the second is what the first is compared with, usually the dense parent.
-        metric: "acc", "acc_norm", "bits_per_byte" or "loglikelihood".
-        tasks: those to compare; none: all, which both folders must have.
-
-    Raises:
-        InputError: no scores in a folder; other tasks, splits, versions or documents.
-    """
-    from dynamoe_lab.analysis.metrics import benchmark_deltas
-
-    folders = [_read(Path(folder), metric, tasks) for folder in (first, second)]
-    (settings, scores, documents), (other_settings, other_scores, reference) = folders
-    versions = [frame.drop_duplicates("task").set_index("task")[["split", "task_version"]] for frame in (scores, other_scores)]
-    for task in versions[0].index.intersection(versions[1].index):
-        for name in ("split", "task_version"):
-            one, other = (frame.loc[task, name] for frame in versions)
-            if one != other:
-                raise InputError(f"task {task}: {name} {one} in {first}, {other} in {second}; score both with the same definition")
-    deltas = benchmark_deltas(documents, reference, metric=metric, confidence=confidence)
-    lines = [
-        _described(letter, folder) for letter, folder in (("A", (first, settings, scores)), ("B", (second, other_settings, other_scores)))
-    ]
-    lines += ["", _delta_text(deltas, metric), ""]
-    lines.append(f"A - B on the same documents, {confidence:.0%} intervals from resampling documents; average: mean over tasks.")
-    if metric in ("acc", "acc_norm"):
-        lines.append(
-            "A only, B only: documents that one of them has right; p: McNemar's exact test, two-sided; Holm: p adjusted for all tasks."
-        )
-    lines.append("detectable: the smallest difference that this sample shows with 80 % power at the 5 % level.")
-    return "\n".join([*lines, *_notes(scores)])
 
 
 # --- one model -----------------------------------------------------------------------------------------------------------------------
@@ -175,10 +136,13 @@ def _set_routing(model: "PreTrainedModel", routing: str | None, name: str) -> st
             )
         return None
     routing = routing or "router"
-    mode = int(routing) if routing.isdigit() else routing
+    mode, experts = int(routing) if routing.isdigit() else routing, model.moe.num_experts
+    names = [name for name, reason in model.routing_modes.items() if reason is None and name != "random"]
     if mode == "random":
-        raise InputError("--routing random: it needs the shares of a router; give router, full, label (DynaMoE), or an expert's index")
-    check_modes([mode], model.moe.num_experts, "--routing", model.method)
+        raise InputError(f"--routing random: it needs the shares of a router; give {', '.join(names)}, or an expert's index")
+    if isinstance(mode, int) and mode >= experts:
+        raise InputError(f"--routing {mode}: give {', '.join(names)}, or an expert's index from 0 to {experts - 1}")
+    check_modes([mode], experts, "--routing", model.method)
     model.set_routing(mode)
     return routing
 
@@ -201,6 +165,37 @@ def _found(output: Path, settings: dict[str, Any]) -> "tuple[pd.DataFrame | None
         return None, None
 
 
+def _check_sources(output: Path, sources: dict[str, str]) -> None:
+    """Refuse a task whose name stands in the folder for another one: its scores would replace those."""
+    if not (output / SETTINGS).is_file():
+        return
+    before = read_json(output / SETTINGS)
+    known = before.get("tasks", {}) if isinstance(before, dict) else {}
+    for name, source in sources.items():
+        if known.get(name, source) != source:
+            raise InputError(f"{output}: holds task {name} from {known[name]}, not from {source}; choose another --output, or another name")
+
+
+def _add(output: Path, settings: dict[str, Any], source: dict[str, str], fresh: "Sequence[pd.DataFrame]", home: Path) -> "pd.DataFrame":
+    """Put a task into the folder's tables, which another process may be writing, too; returns table `scores`."""
+    import pandas as pd
+
+    lock = home / "locks" / f"eval-{fingerprint(str(output.resolve()))[:16]}.lock"
+    with locked(lock, waits_for=f"the tables of {output}"):
+        found = _found(output, settings)
+        _check_sources(output, source)
+        before = read_json(output / SETTINGS).get("tasks", {}) if (output / SETTINGS).is_file() else {}
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / SETTINGS, {**settings, "tasks": {**before, **source}})
+        (name,) = source
+        scores, documents = (
+            pd.concat([old[old["task"] != name], new], ignore_index=True) if old is not None else new
+            for old, new in zip(found, fresh, strict=True)
+        )
+        _write(output, scores, documents)
+    return scores
+
+
 def _write(output: Path, scores: "pd.DataFrame", documents: "pd.DataFrame") -> None:
     """Documents first: a reader that finds a task's scores finds its documents, too."""
     for name, frame in (("documents", documents), ("scores", scores)):
@@ -211,100 +206,56 @@ def _write(output: Path, scores: "pd.DataFrame", documents: "pd.DataFrame") -> N
 
 
 def _score_text(scores: "pd.DataFrame") -> str:
-    """The scores for a terminal: a row a task, the averages below, and what is not lm-eval's own split."""
+    """The scores for a terminal: a row a task, accuracies with 95 % intervals, the averages below, and what is not lm-eval's own split."""
     from dynamoe_lab.analysis.metrics import benchmark_points
+    from dynamoe_lab.analysis.metrics.benchmarks import AVERAGE, SHARES
 
     table = scores.pivot_table(index="task", columns="metric", values=["value", "stderr", "n"], sort=False, dropna=False)
     order = list(benchmark_points(scores)["task"]) if "acc" in set(scores["metric"]) else []
     order += [task for task in table.index if task not in order]
-    shown = [name for name in _SHOWN if name in set(scores["metric"])]
+    known = dict.fromkeys(scores["metric"])
+    shown = [name for name in _SHOWN if name in known] + [name for name in known if name not in (*_SHOWN, *_COUNTED)]
+    ends = {name: benchmark_points(scores, metric=name).set_index("task") for name in shown if name in SHARES}
     rows = []
     for task in (name for name in order if name in table.index):
         value, error = table.loc[task, "value"], table.loc[task, "stderr"]
         n = scores.loc[(scores["task"] == task) & (scores["metric"] != "active_params"), "n"].min()
-        cells = [_measured(name, value.get(name), error.get(name)) for name in shown]
+        cells = [_measured(name, value.get(name), error.get(name), ends.get(name), task) for name in shown]
         rows.append(
-            [task, f"{int(n):,}", *cells, _millions(value.get("active_params")), f"{value.get('seconds_total', float('nan')):.0f} s"]
+            [task, f"{int(n):,}", *cells, millions_text(value.get("active_params")), f"{value.get('seconds_total', float('nan')):.0f} s"]
         )
     if len(rows) > 1:
         means = []
         for name in shown:
             values = scores.loc[scores["metric"] == name, "value"]
-            means.append(_measured(name, values.mean(), None) if len(values) == len(rows) else "")
+            means.append(_measured(name, values.mean(), None, ends.get(name), AVERAGE) if len(values) == len(rows) else "")
         active = scores.loc[scores["metric"] == "active_params", "value"].mean()
         total = scores.loc[scores["metric"] == "seconds_total", "value"].sum()
-        rows.append(["average", "", *means, _millions(active), f"{total:.0f} s"])
-    header = ["task", "n", *(_SHOWN[name] for name in shown), "active params", "time"]
-    return "\n".join([table_text(header, rows, right=header[1:]), *_notes(scores)])
+        rows.append(["average", "", *means, millions_text(active), f"{total:.0f} s"])
+    header = ["task", "n", *(_SHOWN.get(name, name) for name in shown), "active params", "time"]
+    return "\n".join([table_text(header, rows, right=header[1:]), *score_notes(scores)])
 
 
-def _measured(name: str, value: float | None, error: float | None) -> str:
+def _measured(name: str, value: float | None, error: float | None, points: "pd.DataFrame | None", task: str) -> str:
+    """A score: of accuracies in percent with the 95 % interval of `points`, of others with the standard error."""
     if value is None or value != value:
         return ""
     if name == "perplexity":  # its distribution is far from symmetric
         return f"{value:.4g}"
-    scale, digits, unit = (100, 1, " %") if name in ("acc", "acc_norm") else (1, 3, "")
-    spread = f" ± {scale * error:.{digits}f}" if error is not None and error == error else ""
-    return f"{scale * value:.{digits}f}{spread}{unit}"
+    if points is None:
+        return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None and error == error else "")
+    spread = f" ({100 * points.loc[task, 'low']:.1f} to {100 * points.loc[task, 'high']:.1f})" if task in points.index else ""
+    return f"{100 * value:.1f} %{spread}"
 
 
-def _millions(value: float | None) -> str:
+def millions_text(value: float | None) -> str:
+    """'113.3 M'; '' of what is not known."""
     return "" if value is None or value != value else f"{value / 1e6:,.1f} M"
 
 
-def _notes(scores: "pd.DataFrame") -> list[str]:
+def score_notes(scores: "pd.DataFrame") -> list[str]:
+    """A line on the tasks whose documents are not lm-eval's own; none if there are no such tasks."""
     from dynamoe_lab.analysis.metrics.benchmarks import split_note
 
     note = split_note(scores)
     return [f"not lm-eval's own documents: {note}"] if note else []
-
-
-# --- two of them ---------------------------------------------------------------------------------------------------------------------
-
-
-def _read(folder: Path, metric: str, tasks: Sequence[str]) -> "tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]":
-    """Settings, scores and documents of a folder, the given tasks alone."""
-    import pandas as pd
-
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; make it with: dynamoe-lab eval MODEL --output {folder}")
-    if not (folder / SETTINGS).is_file() or not (folder / "scores.parquet").is_file():
-        raise InputError(f"{folder}: no scores in this folder; make some with: dynamoe-lab eval MODEL --output {folder}")
-    try:
-        scores, documents = (pd.read_parquet(folder / f"{name}.parquet") for name in ("scores", "documents"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: its tables cannot be read ({str(error).splitlines()[0]}); remove it and score again") from error
-    if absent := sorted(set(tasks) - set(scores["task"])):
-        raise InputError(f"{folder}: task {absent[0]} was not scored; there is {', '.join(scores['task'].unique())}")
-    if tasks:
-        scores, documents = (frame[frame["task"].isin(tasks)] for frame in (scores, documents))
-    if metric not in set(documents["metric"]):
-        raise InputError(f"--metric {metric}: not in {folder}; there is {', '.join(sorted(set(documents['metric'])))}")
-    return read_json(folder / SETTINGS), scores, documents
-
-
-def _described(letter: str, folder: "tuple[Path, dict[str, Any], pd.DataFrame]") -> str:
-    path, settings, scores = folder
-    active = scores.loc[scores["metric"] == "active_params", "value"].mean()
-    routed = f", routing {settings['routing']}" if settings.get("routing") else ""
-    limit = f", first {settings['limit']} documents" if settings.get("limit") else ""
-    return f"{letter}: {path} ({settings.get('model')}{routed}, {settings.get('dtype')}{limit}, {_millions(active)} active parameters)"
-
-
-def _delta_text(deltas: "pd.DataFrame", metric: str) -> str:
-    share = metric in ("acc", "acc_norm")
-    scale, form, sign = (100, "{:.1f} %", "{:+.1f}") if share else (1, "{:.3f}", "{:+.3f}")
-    header = ["task", "n", "A", "B", "A - B" + " (points)" * share, "interval"]
-    header += ["A only", "B only", "p", "p (Holm)", "detectable"] if share else ["detectable"]
-    rows = []
-    for row in deltas[deltas["task"] != "average4"].to_dict("records"):
-        ends = "" if row["low"] != row["low"] else f"{sign.format(scale * row['low'])} to {sign.format(scale * row['high'])}"
-        cells = [row["task"], f"{row['n']:,}", form.format(scale * row["value"]), form.format(scale * row["reference_value"])]
-        cells += [sign.format(scale * row["difference"]), ends or "no interval"]
-        if share:
-            tested = row["mcnemar_p"] == row["mcnemar_p"]
-            cells += [f"{row[name]:.0f}" if tested else "" for name in ("only_run", "only_reference")]
-            cells += [f"{row[name]:.3g}" if tested else "" for name in ("mcnemar_p", "holm_p")]
-        cells.append("" if row["detectable"] != row["detectable"] else f"{scale * row['detectable']:.{1 if share else 3}f}")
-        rows.append(cells)
-    return table_text(header, rows, right=header[1:])

@@ -233,7 +233,7 @@ def compare(
     tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks to compare.", show_default="all")] = None,
 ) -> None:
     """Two models on the same documents: differences with intervals, McNemar's exact test, what the sample could have shown."""
-    from dynamoe_lab.workbench.benchmarks import compare_scores
+    from dynamoe_lab.workbench.comparison import compare_scores
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     typer.echo(compare_scores(first, second, metric=metric, tasks=names))

@@ -5,7 +5,8 @@ import pandas as pd
 
 from dynamoe_lab.analysis.findings.wording import verdict
 from dynamoe_lab.analysis.frames import list_names, percent, require, signed
-from dynamoe_lab.analysis.metrics.benchmarks import AVERAGE, AVERAGE4, SHARES, benchmark_task, split_note, told_apart
+from dynamoe_lab.analysis.metrics.benchmark_pairs import told_apart
+from dynamoe_lab.analysis.metrics.benchmarks import AVERAGE, AVERAGE4, SHARES, benchmark_task, split_note
 
 __all__ = ["benchmark_finding"]
 
@@ -17,7 +18,8 @@ def benchmark_finding(deltas: pd.DataFrame, *, reference: str = "the dense model
     """What does a model lose against its dense parent, or another reference, on average and where?
 
     The average is called above or below by its interval, a task's accuracy by McNemar's exact test after Holm's correction for all tasks;
-    of the tasks that are not told apart the sentence says which difference their samples could have shown.
+    of the tasks that are not told apart the sentence says which difference their samples could have shown, at a level that holds for all
+    tasks (`detectable` of `benchmark_deltas`).
 
     Args:
         deltas: of `benchmark_deltas`, one metric; with a column `split` the sentence says what is not lm-eval's own.
@@ -45,8 +47,8 @@ def benchmark_finding(deltas: pd.DataFrame, *, reference: str = "the dense model
                 texts_of_run.append(f"{'single tasks' if texts_of_run else run} {word}{place}{tested}: {list_names(names, 12)}")
         if not apart.all():
             rest = tasks[~apart]
-            limit = rest["detectable"]
-            reach = f", where the samples could show differences of {_range(limit, metric)} or more" if limit.notna().any() else ""
+            limit, at = rest["detectable"], " at 5 % over the number of tasks" if tested else ""
+            reach = f", where the samples could show differences of {_range(limit, metric)} or more{at}" if limit.notna().any() else ""
             names = list_names([benchmark_task(task).label for task in rest["task"]], 12)
             texts_of_run.append(f"not distinguishable{'' if below or above else tested}: {names}{reach}")
         texts.append("; ".join(texts_of_run))

@@ -17,7 +17,8 @@ def pareto_finding(pareto: pd.DataFrame) -> str:
     """What does each θ save, and what does it cost in perplexity?
 
     Trained routers are told, with the measured time where there is one; where there are none, the labels themselves, as converted. The
-    average accuracy is told where it is above or below the dense model's beyond its interval.
+    average accuracy is told where it is above or below the dense model's beyond its interval, that of a single task where the exact test
+    tells the two apart, as `benchmark_finding` does.
 
     Args:
         pareto: the table `pareto`; rows of metric "perplexity_ratio". With a row of method "dense" savings are shares of its parameters.
@@ -69,12 +70,19 @@ def _accuracy_text(pareto: pd.DataFrame, setting: dict) -> str:
     if own.empty or dense.empty:
         return ""
     row, base = pareto_points(own).iloc[0], dense["value"].iloc[0]
-    told = verdict(row["low"] - base, row["high"] - base)
+    if (
+        {"tasks", "told_apart"} <= set(own) and (own["tasks"] == 1).all() and own["told_apart"].notna().all()
+    ):  # the exact test decides, not the interval
+        sides = set(np.sign(own["value"] - base)) if own["told_apart"].all() else set()
+        told = {1.0: "above", -1.0: "below"}.get(*sides) if len(sides) == 1 else None
+    else:
+        told = verdict(row["low"] - base, row["high"] - base)
     if told not in ("above", "below"):
         return ""
     low, high = (signed(100 * (row[end] - base), 1) for end in ("low", "high"))
+    spread = f"{low} to {high} points" if np.isfinite([row["low"], row["high"]]).all() else "no interval,"
     return (
-        f", average accuracy {percent(row['value'], 1)}, {told} the dense model's {percent(base, 1)} ({low} to {high} points on the same "
+        f", average accuracy {percent(row['value'], 1)}, {told} the dense model's {percent(base, 1)} ({spread} on the same "
         f"{int(row['n']):,} benchmark documents)"
     )
 

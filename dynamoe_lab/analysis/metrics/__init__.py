@@ -10,14 +10,13 @@ beside them the commonest label of each layer, independence of expert and label,
 """
 
 from dynamoe_lab.analysis.metrics.ablation import ablation_table
+from dynamoe_lab.analysis.metrics.benchmark_pairs import benchmark_deltas, told_apart
 from dynamoe_lab.analysis.metrics.benchmarks import (
-    benchmark_deltas,
     benchmark_points,
     benchmark_table,
     paper_table,
     relative_table,
     split_note,
-    told_apart,
 )
 from dynamoe_lab.analysis.metrics.collapse import collapsed_layers, stack_runs, usage_information
 from dynamoe_lab.analysis.metrics.curves import importance_curves, smooth_steps

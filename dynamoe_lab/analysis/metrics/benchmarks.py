@@ -1,7 +1,6 @@
-"""Scores of the seven benchmarks: with intervals and chance levels, beside the dense parent on the same documents, beside the paper's.
+"""Scores of the seven benchmarks: with intervals and chance levels, in the columns of the paper's table, beside the paper's.
 
-Accuracies of two models on the same documents are compared document by document (`benchmark_deltas`); two error bars that overlap say
-nothing about a difference. Accuracies of models of other sizes are compared as a change relative to each one's own base model
+Accuracies of models of other sizes are compared as a change relative to each one's own base model
 (`relative_table`), so that scale is not mistaken for method.
 """
 
@@ -12,19 +11,17 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dynamoe_lab.analysis.frames import list_names, one_run, require
-from dynamoe_lab.analysis.pairing import detectable_change, detectable_mean, holm, mcnemar, stratified_means
+from dynamoe_lab.analysis.frames import list_names, require
 from dynamoe_lab.errors import InputError
 
 __all__ = [
-    "benchmark_deltas",
     "benchmark_points",
     "benchmark_table",
     "benchmark_task",
+    "in_order",
     "paper_table",
     "relative_table",
     "split_note",
-    "told_apart",
 ]
 
 AVERAGE, AVERAGE4, AVERAGE7 = "average", "average4", "average7"
@@ -145,65 +142,6 @@ def benchmark_table(scores: pd.DataFrame, *, metric: str = "acc") -> pd.DataFram
     return pd.DataFrame(table)
 
 
-def benchmark_deltas(
-    documents: pd.DataFrame,
-    reference: pd.DataFrame,
-    *,
-    metric: str = "acc",
-    bootstrap: int = 2_000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Every run minus a reference (its dense parent) on the same documents, task by task and on average.
-
-    Args:
-        documents: table `documents`: run, task, doc_id, metric, value; several runs are several sets of rows. With a column `seed`, the
-            seeds of a run are averaged document by document.
-        reference: the same of one other model.
-        metric: "acc", "acc_norm", or a number a document has, such as "bits_per_byte".
-        bootstrap, confidence, seed: resamples of documents (within tasks) and level of the intervals.
-
-    Returns:
-        One row per run and task, then "average" (unweighted mean over tasks) and, where more than the paper's four tasks were scored,
-        "average4": run, task, metric, value, reference_value, difference, low, high, relative (value / reference_value - 1), relative_low,
-        relative_high; mcnemar_p (exact, two-sided) and holm_p (adjusted for all tasks of the run), only_run and only_reference (documents
-        that only one of the two has right), all four of accuracies of a single seed, else nan; detectable (the smallest difference this
-        sample shows with 80 % power at 5 %), n (documents), seeds, seed_low, seed_high (lowest and highest difference of a single seed),
-        confidence; split, if `documents` has it. An interval is nan where no document tells the two apart; with fewer than about ten
-        discordant documents a bootstrap interval is too short, and the exact p decides (`told_apart`).
-
-    Raises:
-        InputError: a task's documents differ between the two (it says how many), or no rows of the metric.
-    """
-    needed = ("run", "task", "doc_id", "metric", "value")
-    require(documents, needed, "benchmark_deltas")
-    require(reference, needed, "benchmark_deltas: the reference")
-    one_run(reference, "benchmark_deltas: the reference")
-    ours, theirs = (_documents_of(frame, metric) for frame in (documents, reference))
-    settings, found = {"resamples": bootstrap, "confidence": confidence, "seed": seed}, []
-    for run, part in ours.groupby("run", sort=False):
-        pairs = _paired(str(run), part, theirs)
-        rows = [{"run": run, "task": task, **_task_row(pair, metric, settings)} for task, pair in pairs.items()]
-        for row, adjusted in zip(rows, holm([row["mcnemar_p"] for row in rows]), strict=True):
-            row["holm_p"] = float(adjusted)
-        averages = {AVERAGE: tuple(pairs)} if len(pairs) > 1 else {}
-        averages |= {AVERAGE4: FOUR} if set(FOUR) < set(pairs) else {}
-        rows += [{"run": run, "task": name, **_average_row([pairs[t] for t in tasks], settings)} for name, tasks in averages.items()]
-        found += rows
-    numbers = ["value", "reference_value", "difference", "low", "high", "relative", "relative_low", "relative_high", "mcnemar_p", "holm_p"]
-    numbers += ["only_run", "only_reference", "detectable", "n", "seeds", "seed_low", "seed_high"]
-    deltas = pd.DataFrame(found).assign(metric=metric)[["run", "task", "metric", *numbers]].assign(confidence=confidence)
-    if "split" in documents.columns:
-        splits = documents.drop_duplicates("task").set_index("task")["split"]
-        deltas["split"] = deltas["task"].map(splits).fillna("")
-    return deltas
-
-
-def told_apart(deltas: pd.DataFrame) -> pd.Series:
-    """Whether each row of `benchmark_deltas` is a difference: holm_p < 0.05 where McNemar's test applies, else an interval without 0."""
-    return (deltas["holm_p"] < 0.05).where(deltas["holm_p"].notna(), (deltas["low"] > 0) | (deltas["high"] < 0))
-
-
 def paper_table() -> pd.DataFrame:
     """Table 1 of arXiv 2502.12325: zero-shot accuracies as shares, averages as printed, and their change relative to each row's base model.
 
@@ -268,11 +206,11 @@ def _rows_of(scores: pd.DataFrame, metric: str, function: str) -> pd.DataFrame:
     if rows.duplicated(["run", "task"]).any():
         row = rows[rows.duplicated(["run", "task"])].iloc[0]
         raise InputError(f"{function}: several rows of run {row['run']!r} and task {row['task']}; give each run a name of its own")
-    return _in_order(rows)
+    return in_order(rows)
 
 
-def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of each run in the paper's order of tasks, others after them; runs in the order of the frame."""
+def in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows (run, task) of each run in the paper's order of tasks, others after them; runs in the order of the frame."""
     place, runs = list(_TASKS), list(dict.fromkeys(rows["run"]))
     order = rows["task"].map(lambda task: place.index(task) if task in place else len(place))
     return (
@@ -289,58 +227,3 @@ def _active_params(scores: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 def _mean(values: dict[str, float], tasks: tuple[str, ...]) -> float:
     return float(np.mean([values.get(task, np.nan) for task in tasks]))
-
-
-def _documents_of(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    rows = frame[frame["metric"] == metric]
-    if rows.empty:
-        raise InputError(f"benchmark_deltas: no rows of metric {metric!r}; the frame has {', '.join(sorted(set(frame['metric'])))}")
-    rows = rows if "seed" in rows else rows.assign(seed=0)
-    keys = ["run", "task", "seed", "doc_id"]
-    if rows.duplicated(keys).any():
-        row = rows[rows.duplicated(keys)].iloc[0]
-        raise InputError(f"benchmark_deltas: task {row['task']} has document {row['doc_id']} twice in run {row['run']!r}")
-    if not np.isfinite(rows["value"].astype(float)).all():
-        row = rows[~np.isfinite(rows["value"].astype(float))].iloc[0]
-        raise InputError(f"benchmark_deltas: task {row['task']}, document {row['doc_id']}: {metric} is not finite; score it again")
-    return _in_order(rows)
-
-
-def _paired(run: str, part: pd.DataFrame, reference: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """task -> values of the run [seeds, documents] and of the reference [documents], the same documents in the same order."""
-    pairs = {}
-    for task in dict.fromkeys([*part["task"], *reference["task"]]):
-        own, base = part[part["task"] == task], reference[reference["task"] == task]
-        table = own.pivot(index="seed", columns="doc_id", values="value").astype(float)
-        other = base.groupby("doc_id")["value"].mean().astype(float)
-        extra, absent = set(table.columns) - set(other.index), set(other.index) - set(table.columns)
-        if extra or absent or table.isna().any(axis=None):
-            counts = f"{table.shape[1]} in run {run!r}, {len(other)} in the reference, {len(other) - len(absent)} in both"
-            raise InputError(f"benchmark_deltas: task {task}: the documents differ ({counts}); score both on the same documents and limit")
-        pairs[task] = (table[other.index].to_numpy(), other.to_numpy())
-    return pairs
-
-
-def _task_row(pair: tuple[np.ndarray, np.ndarray], metric: str, settings: dict) -> dict[str, float]:
-    seeds, base = pair
-    row = _average_row([pair], settings)
-    if metric not in SHARES or len(seeds) > 1:
-        return row
-    only_run, only_reference = int(((seeds[0] == 1) & (base == 0)).sum()), int(((seeds[0] == 0) & (base == 1)).sum())
-    row |= {"only_run": only_run, "only_reference": only_reference, "mcnemar_p": mcnemar(only_run, only_reference)}
-    return row | {"detectable": detectable_change(len(base), (only_run + only_reference) / len(base))}
-
-
-def _average_row(pairs: list[tuple[np.ndarray, np.ndarray]], settings: dict) -> dict[str, float]:
-    means = stratified_means([(seeds.mean(axis=0), base) for seeds, base in pairs], **settings)
-    value, reference = (float(np.mean([pair[side].mean() for pair in pairs])) for side in (0, 1))
-    row = {"value": value, "reference_value": reference}
-    row |= dict(zip(("difference", "low", "high"), means.difference, strict=True))
-    row |= dict(zip(("relative", "relative_low", "relative_high"), means.relative, strict=True))
-    variances = [np.var(seeds.mean(axis=0) - base, ddof=1) / len(base) if len(base) > 1 else np.nan for seeds, base in pairs]
-    error, least = np.sqrt(np.sum(variances)) / len(pairs), min(len(base) for _, base in pairs)
-    seeds = {len(seeds) for seeds, _ in pairs}
-    each = np.mean([seeds.mean(axis=1) - base.mean() for seeds, base in pairs], axis=0) if len(seeds) == 1 else np.array([np.nan])
-    row |= {"mcnemar_p": np.nan, "holm_p": np.nan, "only_run": np.nan, "only_reference": np.nan}
-    row |= {"detectable": detectable_mean(error, least), "n": means.n, "seeds": max(seeds)}
-    return row | {"seed_low": float(each.min()), "seed_high": float(each.max())}

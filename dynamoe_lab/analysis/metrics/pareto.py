@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from dynamoe_lab.analysis.frames import ALL, require, split_layers
-from dynamoe_lab.analysis.metrics.benchmarks import AVERAGE, benchmark_deltas, benchmark_task, split_note
+from dynamoe_lab.analysis.metrics.benchmark_pairs import benchmark_deltas, told_apart
+from dynamoe_lab.analysis.metrics.benchmarks import AVERAGE, benchmark_task, split_note
 from dynamoe_lab.analysis.metrics.perplexity import perplexity_ratio
 from dynamoe_lab.errors import InputError
 
@@ -64,8 +65,9 @@ def pareto_row(
 def accuracy_rows(scores: pd.DataFrame, documents: pd.DataFrame, *, bootstrap: int = 2_000, confidence: float = 0.95) -> pd.DataFrame:
     """Rows of the table `pareto`, metric "average_accuracy": the mean accuracy over tasks (of a single task, its accuracy).
 
-    As with perplexity, intervals are of the difference to the dense model on the same documents, here set around its accuracy: one that
-    leaves out the dense model's value tells the two apart. The dense model itself has none.
+    As with perplexity, intervals are of the difference to the dense model on the same documents, here set around its accuracy: an average's
+    that leaves out the dense model's value tells the two apart, of a single task the exact test does (column `told_apart`). The dense model
+    itself has none.
 
     Args:
         scores, documents: of `score_cells`: tables of these names with method ("dense": the reference), theta, seed, train_tokens.
@@ -74,7 +76,7 @@ def accuracy_rows(scores: pd.DataFrame, documents: pd.DataFrame, *, bootstrap: i
     Returns:
         The columns of `pareto_row`, no time measured; active_params and active_mlp_fraction are those of the tasks' own tokens, on average
         over tasks; n: documents of all tasks. Also tasks (how many), chance (mean accuracy of guessing, nan where a task's is unknown),
-        note (`split_note`).
+        note (`split_note`), told_apart (of the dense model, as `told_apart` says).
 
     Raises:
         InputError: no rows of method "dense"; other documents than it has; as `benchmark_deltas`.
@@ -89,12 +91,14 @@ def accuracy_rows(scores: pd.DataFrame, documents: pd.DataFrame, *, bootstrap: i
         case = cases.iloc[[number]]
         own, answers = (frame.merge(case, on=keys) for frame in (scores, documents))  # where θ is nan, too
         deltas = benchmark_deltas(answers.drop(columns="seed"), reference, bootstrap=bootstrap, confidence=confidence)
-        row = deltas[deltas["task"] == (AVERAGE if len(deltas) > 1 else deltas["task"].iloc[0])].iloc[0]
+        chosen = deltas[deltas["task"] == (AVERAGE if len(deltas) > 1 else deltas["task"].iloc[0])]
+        row, apart = chosen.iloc[0], bool(told_apart(chosen).iloc[0])
         costs = {name: own.loc[own["metric"] == name, "value"].mean() for name in ("active_params", "active_mlp_fraction")}
         quality = {"metric": ACCURACY, "value": row["value"]} | {end: row["reference_value"] + row[end] for end in ("low", "high")}
         tasks = list(dict.fromkeys(own["task"]))
         chance = float(np.mean([benchmark_task(task).chance for task in tasks]))
         told = {"n": int(row["n"])} | dict.fromkeys(TIMES, np.nan) | {"tasks": len(tasks), "chance": chance, "note": split_note(own)}
+        told["told_apart"] = apart
         rows.append(case.assign(**costs, **quality, **told))
     return pd.concat(rows, ignore_index=True)
 

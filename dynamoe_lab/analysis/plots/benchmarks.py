@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from dynamoe_lab.analysis.frames import compact, list_names, percent, require, signed
-from dynamoe_lab.analysis.metrics.benchmarks import AVERAGE, AVERAGE4, AVERAGE7, benchmark_task, split_note, told_apart
+from dynamoe_lab.analysis.metrics.benchmark_pairs import told_apart
+from dynamoe_lab.analysis.metrics.benchmarks import AVERAGE, AVERAGE4, AVERAGE7, benchmark_task, split_note
 from dynamoe_lab.analysis.plots.placing import place_labels
 from dynamoe_lab.analysis.style import DENSE, REFERENCE, canvas, headline, method_color, method_marker, styled
 from dynamoe_lab.errors import InputError
@@ -74,8 +75,9 @@ def plot_benchmarks(points: pd.DataFrame, *, figure: Figure | SubFigure | None =
 def plot_benchmark_deltas(deltas: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
     """Difference to the dense parent on the same documents, task by task and on average; full marks are differences (`told_apart`).
 
-    The grey band reaches as far as a true difference that this sample would miss more than one time in five, so a hollow mark within a wide
-    band says little. On the right: documents, and McNemar's exact p adjusted for all tasks of the run (Holm).
+    The grey band reaches as far as a true difference that this sample would miss more than one time in five (a task's own test at 5 %
+    over the number of tasks, which is the most that Holm's correction asks for), so a hollow mark within a wide band says little. On the
+    right: documents, and McNemar's exact p adjusted for all tasks of the run (Holm).
 
     Args:
         deltas: run, task, metric, difference, low, high, holm_p, detectable, n, confidence (from `benchmark_deltas`), one metric; `split`
@@ -119,10 +121,14 @@ def plot_benchmark_deltas(deltas: pd.DataFrame, *, figure: Figure | SubFigure | 
     for text, across in (("n", 0.38), ("p (Holm)", 0.95)):
         told.text(across, 1.01, text, ha="right", va="bottom", fontsize=6.5, color="#444444", transform=told.transAxes)
     level = percent(float(deltas["confidence"].iloc[0]))
+    corrected = " (5 % over the number of tasks)" if deltas.groupby("run")["holm_p"].count().max() > 1 else ""
     grey = {"marker": "o", "linestyle": "none", "markersize": 5.5, "mec": "#444444", "mew": 1.2}
     handles = [] if len(runs) == 1 else [Line2D([], [], linestyle="none", markersize=5.5, label=run, **looks[run]) for run in runs]
     handles += [Line2D([], [], mfc="#444444", label=f"told apart (p < 0.05; average: {level} interval)", **grey)]
-    handles += [Line2D([], [], mfc="white", label="not told apart", **grey), Patch(facecolor=_BAND, label="too small for n to show")]
+    handles += [
+        Line2D([], [], mfc="white", label="not told apart", **grey),
+        Patch(facecolor=_BAND, label=f"too small for n to show{corrected}"),
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), columnspacing=1.4, **_dagger(deltas))
     headline(figure, _delta_message(deltas, runs, metric))
     return figure

@@ -47,7 +47,7 @@ def plot_pareto(
     nothing else beats in both. Where time was measured a second panel has it on its x axis, with a thin line from each mark to the share of
     parameters that it stands for in the first: right of it, the saving is not all there. Where benchmarks were scored a panel below has
     their average accuracy over what was active on the benchmarks' own tokens, with the level of chance; its whiskers are of the difference
-    to the dense model on the same documents: those that do not reach its line tell the two apart.
+    to the dense model on the same documents: those that do not reach its line tell the two apart (of a single task the exact test does).
 
     Args:
         pareto: method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n; time_ratio, time_low,
@@ -116,13 +116,15 @@ def _accuracy(ax: Axes, rows: pd.DataFrame, x: str, dense_params: float) -> None
     ax.margins(x=0.09, y=0.12)
     percent_axis(ax.yaxis)
     ax.set_ylabel(_QUALITY[ACCURACY])
-    tasks = f"{int(rows['tasks'].iloc[0])} tasks, " if "tasks" in rows else ""
+    count = int(rows["tasks"].iloc[0]) if "tasks" in rows else 0
+    tasks = f"{count} {'task' if count == 1 else 'tasks'}, " if count else ""
     ax.set_title(f"scored: {tasks}n = {int(rows['n'].min()):,} documents{' †' if _note(rows) else ''}", loc="left")
 
 
 def _note(rows: pd.DataFrame) -> str:
     """What is not lm-eval's own about the documents of the scores."""
-    return str(rows["note"].iloc[0]) if "note" in rows else ""
+    note = rows["note"].iloc[0] if "note" in rows else ""
+    return "" if pd.isna(note) else str(note)  # an empty text comes back from a csv as nan
 
 
 def _dense_value(rows: pd.DataFrame) -> float:
