@@ -27,7 +27,7 @@ def make_mlp(family="llama", union=UNION, membership=None, **changes):
     return mlp.eval()
 
 
-def tokens(count=23, seed=2):
+def tokens(count=64 * EXPERTS, seed=2):
     return torch.randn(count, D, generator=torch.Generator().manual_seed(seed))
 
 
@@ -58,6 +58,7 @@ def test_router_picks_one_expert_per_token(family):
     close(mlp(x), naive(mlp, x, experts, family))
     batch = x[:20].view(4, 5, D)
     close(mlp(batch), naive(mlp, x[:20], experts[:20], family).view(4, 5, D))
+    close(mlp._forward_grouped(x[:20], experts[:20]), mlp._forward_masked(x[:20], experts[:20]))
     for row in range(6):
         close(mlp(x[row : row + 1]), naive(mlp, x[row : row + 1], experts[row : row + 1], family))
 
@@ -246,6 +247,30 @@ def test_sorting_and_back():
     assert rows is x
     assert order is None
     assert counts == [0, 0, len(x), 0]
+
+
+@torch.no_grad()
+def test_a_few_tokens_read_the_union_once(monkeypatch):
+    """Experts apart take sum of width * (tokens + 18), all at once the union * (all tokens + 18)."""
+    members = torch.arange(UNION) < torch.tensor([20, 0, 10, 40])[:, None]
+    mlp, taken = make_mlp(membership=members), []
+    for name in ("_forward_grouped", "_forward_masked"):
+        method = getattr(mlp, name)
+        monkeypatch.setattr(mlp, name, lambda x, experts, name=name, method=method: (taken.append(name), method(x, experts))[1])
+    for counts, way in (
+        ((1, 0, 0, 0), "grouped"),  # one token
+        ((2, 0, 0, 0), "grouped"),  # one expert: 20 * 20 <= 40 * 20
+        ((0, 1, 1, 0), "grouped"),  # 10 * 19 <= 40 * 20
+        ((1, 0, 0, 1), "masked"),  # 20 * 19 + 40 * 19 > 40 * 20
+        ((30, 0, 30, 1), "grouped"),  # 20 * 48 + 10 * 48 + 40 * 19 <= 40 * 79
+        ((9, 9, 9, 9), "grouped"),  # (20 + 10 + 40) * 27 <= 40 * 54
+        ((3, 3, 3, 3), "masked"),  # (20 + 10 + 40) * 21 > 40 * 30
+    ):
+        experts = torch.arange(EXPERTS).repeat_interleave(torch.tensor(counts))
+        monkeypatch.setattr(mlp, "_router_logits", lambda x, experts=experts: F.one_hot(experts, EXPERTS).float())
+        x = tokens(len(experts))
+        close(mlp(x), naive(mlp, x, experts))
+        assert taken.pop() == f"_forward_{way}", counts
 
 
 @torch.no_grad()

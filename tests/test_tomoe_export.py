@@ -61,12 +61,12 @@ def test_padded(family, attention, side, blocks):
 
 @torch.no_grad()
 @cases
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_token_by_token_with_a_cache(family, attention, implementation):
+@pytest.mark.parametrize(("implementation", "batch"), [("sdpa", 3), ("sdpa", 1), ("eager", 3)])
+def test_token_by_token_with_a_cache(family, attention, implementation, batch):
     masked = make_masked(family, attention=attention)
     deployed = lab.export(masked)
     deployed.set_attn_implementation(implementation)
-    ids = make_blocks(3, 20).ids
+    ids = make_blocks(batch, 20).ids
     expected, logits, cache = masked(ids).logits, [], None
     for start, stop in ((0, 7), (7, 9), *((place, place + 1) for place in range(9, 20))):
         output = deployed(ids[:, start:stop], past_key_values=cache, use_cache=True)

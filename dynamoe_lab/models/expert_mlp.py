@@ -2,12 +2,12 @@
 
 The weights hold the neurons that some expert has (the union), under the family's names; `membership` says who has which. Two paths compute
 the same function. *Grouped* (inference): tokens sorted by expert, each expert one small dense MLP on a copy of its weights that lies in one
-piece. *Masked* (gradients, adapters): the whole union for every token, neurons of other experts set to zero.
+piece. *Masked* (gradients, adapters, a few tokens at once): the whole union for every token, neurons of other experts set to zero.
 
 The copies are made with the first inference forward, or by `lay_out`; they are neither saved nor parameters, and made anew where weights
 have changed. They take the memory of all experts' widths together: with 8 experts of half the width that of four dense MLPs, besides the
-union. Neurons that all experts share are copied, too: computing them once for all tokens saved at most a tenth of the time where they were
-half of each expert, and nothing where they were few.
+union. Neurons that all experts share are copied, too: computing them once for all tokens saved at most a tenth of the time in a trial where
+they were half of each expert.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ from .families import Family
 from .routed import Routing
 
 __all__ = ["ExpertMLP", "ExpertTrace", "narrow"]
+
+READING = 18  # tokens whose arithmetic takes as long as reading the weights, on the CPUs that this was measured on
 
 Pieces = tuple[Tensor, Tensor | None, Tensor]  # of n neurons: gate above up [2 n, D], or up [n, D]; their biases; down [n, D]
 
@@ -130,7 +132,7 @@ class ExpertMLP(nn.Module):
             same = -1 if experts is None else experts
             each = experts if isinstance(experts, Tensor) else torch.full((len(x),), same, dtype=torch.long, device=x.device)
             self.trace = ExpertTrace(logits, each)
-        grouped = experts is not None and self._is_grouped()
+        grouped = experts is not None and self._may_group() and self._pays(experts)
         output = self._forward_grouped(x, experts) if grouped else self._forward_masked(x, experts)
         return output.view_as(hidden_states)
 
@@ -141,7 +143,7 @@ class ExpertMLP(nn.Module):
                 return self.router(x.to(self.router.weight.dtype))
         return self.router(x.to(self.router.weight.dtype))
 
-    def _is_grouped(self) -> bool:
+    def _may_group(self) -> bool:
         """Whether copies may stand for the projections: not where these learn, nor where something wraps them (adapters, quantizers)."""
         if self.training or torch.is_grad_enabled():
             return False
@@ -202,9 +204,19 @@ class ExpertMLP(nn.Module):
         places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
         return output.index_select(0, places)
 
+    def _pays(self, experts: Tensor | int) -> bool:
+        """Whether the experts one by one take less time than the union at once: each has weights of its own to read, which the few tokens
+        of a decoded batch do not repay."""
+        self.lay_out()
+        if isinstance(experts, int) or len(experts) == 1 or len(experts) >= 64 * self.num_experts:
+            return True
+        counts = torch.bincount(experts, minlength=self.num_experts).tolist()
+        widths = (len(down) for _, _, down in self._laid_out[1])
+        apart = sum(width * (count + READING) for width, count in zip(widths, counts, strict=True) if count)
+        return apart <= self.membership.shape[1] * (len(experts) + READING)
+
     def _forward_grouped(self, x: Tensor, experts: Tensor | int) -> Tensor:
         """Every token through the neurons of its expert, [N, D] -> [N, D]."""
-        self.lay_out()
         pieces = self._laid_out[1]
         if isinstance(experts, int) or len(x) == 1:  # decoding: as little as possible around the products
             return self._run(x, pieces[int(experts)])
