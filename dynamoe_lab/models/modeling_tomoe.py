@@ -24,6 +24,7 @@ from .masked_attention import AttentionTrace, MaskedAttention
 from .masked_mlp import MaskedMLP, MLPTrace
 from .masking import Checkpointing, MaskedForward, Masking
 from .model_card import masked_card
+from .rotary_attention import attention_weights
 from .routed import RoutedMixin, Routing, token_mask
 from .straight_through import GumbelNoise
 from .tomoe_losses import LayerSizes, distillation_losses, next_token_loss, structure_losses
@@ -207,8 +208,10 @@ class ToMoEMixin(RoutedMixin):
         forward = MaskedForward(None if whole else self.hypernetwork(), self.noise if self.training else None)
         if collect:
             forward.mlps, forward.attentions = {}, {}
-        with self.masking.during(forward):
+        with self.masking.during(forward), attention_weights(self.masked_attentions()) as weights:
             output = super().forward(**inputs)
+        if weights and output.get("attentions") is not None:
+            output["attentions"] = tuple(weights)
         mlps, attentions = ([each[layer] for layer in sorted(each)] if each else None for each in (forward.mlps, forward.attentions))
         forward.mlps = forward.attentions = None  # checkpoints keep the forward, which must not keep their graph
         return output, mlps, attentions
