@@ -12,6 +12,7 @@ def make_masks(layers: int = 3, experts: int = 4, neurons: int = 60, *, width: f
     for layer in range(layers):
         for expert in range(experts):
             opened = np.flatnonzero(rng.random(neurons) < width)
+            opened = opened if len(opened) else np.array([-1])
             parts.append(pd.DataFrame({"run": run, "layer": layer, "expert": expert, "neuron": opened, "neurons": neurons}))
     return pd.concat(parts, ignore_index=True)
 
@@ -20,8 +21,9 @@ def from_tables(*tables, run: str = "a") -> pd.DataFrame:
     """The frame of masks [E, H], one table a layer."""
     parts = []
     for layer, table in enumerate(tables):
-        expert, neuron = np.nonzero(np.asarray(table))
-        parts.append(pd.DataFrame({"run": run, "layer": layer, "expert": expert, "neuron": neuron, "neurons": np.shape(table)[1]}))
+        for expert, row in enumerate(np.asarray(table)):
+            opened = np.flatnonzero(row) if np.any(row) else np.array([-1])
+            parts.append(pd.DataFrame({"run": run, "layer": layer, "expert": expert, "neuron": opened, "neurons": len(row)}))
     return pd.concat(parts, ignore_index=True)
 
 
