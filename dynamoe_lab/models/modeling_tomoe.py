@@ -168,7 +168,7 @@ class ToMoEMixin(RoutedMixin):
         """The family's forward; `labels` adds the losses, `output_router_logits=True` what each layer did (see the output class).
 
         In training mode tokens are routed and masks sampled with noise, whatever `set_routing` says, and a forward with labels runs the
-        teacher, too; `output_kl=True` does that in eval mode, without noise. Shapes: `input_ids`, `labels` [B, T] with -100 where no
+        teacher, too; `output_kl=True` does that in eval mode, without noise, and tells active ratios and union coverage. Shapes: `input_ids`, `labels` [B, T] with -100 where no
         language-model loss counts; `attention_mask` [B, T] or [B, past + T], 0 for pads.
 
         Raises:
@@ -183,9 +183,10 @@ class ToMoEMixin(RoutedMixin):
             raise ValueError("ToMoE: losses need the logits of all tokens; leave out logits_to_keep")
         learning = self.training and labels is not None
         teacher = self._teacher_logits(inputs) if learning or output_kl else None
-        output, mlps, attentions = self._student(inputs, collect=labels is not None or bool(output_router_logits))
+        told = labels is not None or bool(output_router_logits)
+        output, mlps, attentions = self._student(inputs, collect=told or output_kl)
         result = ToMoECausalLMOutput(**output)
-        if mlps is not None:
+        if told:
             result.router_logits = tuple(trace.router_logits for trace in mlps)
             result.experts = tuple(trace.experts for trace in mlps)
             result.open_values = self._open_values(mlps, attentions)
@@ -194,6 +195,11 @@ class ToMoEMixin(RoutedMixin):
             result.kl_loss, normalisers = self._distillation(result.logits, teacher, attention_mask)
         if labels is not None:
             result.loss = result.lm_loss = self._lm_loss(result.logits, labels, attention_mask, normalisers if learning else None)
+        if output_kl and not self.training and mlps[0].masks is not None:
+            with torch.no_grad():
+                found = self._structure_losses(mlps, attentions, attention_mask, result.logits.device)
+            for name in ("active_ratio_max", "active_ratio_mean", "union_coverage"):
+                setattr(result, name, found[name])
         if learning:
             for name, value in self._structure_losses(mlps, attentions, attention_mask, result.logits.device).items():
                 setattr(result, name, value)
