@@ -168,8 +168,8 @@ class ToMoEMixin(RoutedMixin):
         """The family's forward; `labels` adds the losses, `output_router_logits=True` what each layer did (see the output class).
 
         In training mode tokens are routed and masks sampled with noise, whatever `set_routing` says, and a forward with labels runs the
-        teacher, too; `output_kl=True` does that in eval mode, without noise, and tells active ratios and union coverage. Shapes: `input_ids`, `labels` [B, T] with -100 where no
-        language-model loss counts; `attention_mask` [B, T] or [B, past + T], 0 for pads.
+        teacher, too; `output_kl=True` does that in eval mode, without noise, and tells active ratios and union coverage. Shapes:
+        `input_ids`, `labels` [B, T] with -100 where no language-model loss counts; `attention_mask` [B, T] or [B, past + T], 0 for pads.
 
         Raises:
             ValueError: losses with the logits of some tokens only (`logits_to_keep`), or a KL where tokens are cached.
