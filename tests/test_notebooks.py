@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,7 @@ COLUMNS = {  # of the documented tables
     "09_latency/time_parts": "run routing phase batch tokens part seconds share",
     "07_collapse/collapse": "lambda_router router_gradient seed layer expert share tokens",
     "12_tomoe/tomoe_training": "run step tokens loss lm_loss kl_loss ratio_loss union_loss balance_loss active_ratio_max active_ratio_mean "
-    "union_coverage heldout_kl lr seconds",
+    "union_coverage heldout_kl open_ratio open_union lr seconds",
     "12_tomoe/tomoe_union": "run layer count share chance neurons",
     "12_tomoe/tomoe_specialisation": "run factor layer association low high control control_low control_high p tokens levels clusters",
     "20_ablation/ablation": "cell dynamoe.importance mode metric value low high n active_mlp_fraction active_params train_tokens status",
@@ -255,3 +256,13 @@ def test_killed_in_a_notebook_the_same_command_finishes(home, report, tmp_path):
     run(own, tmp_path / "report", "03")
     assert record(tmp_path / "report", "03_train_router")["run"]["status"] == "ok"
     assert checkpoint(own, tmp_path / "report").read_bytes() == checkpoint(home, report).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["06_pareto", "08_benchmarks", "12_tomoe"])
+def test_seeds_are_added_to_the_experiments(name):
+    """Notebooks that train the same model share it under any override: no seed of the list stands for itself."""
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    source = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert not re.findall(r"""(?:experiment\.(?:tomoe|train|tomoe_train), seed=|(?:tomoe|train)\.seed": )seeds?\b""", source)
+    assert "experiment.tomoe.seed + seed" in source
+    assert "experiment.tomoe_train.seed + seed" in source
