@@ -130,7 +130,10 @@ class ExpertMLP(nn.Module):
             same = -1 if experts is None else experts
             each = experts if isinstance(experts, Tensor) else torch.full((len(x),), same, dtype=torch.long, device=x.device)
             self.trace = ExpertTrace(logits, each)
-        grouped = experts is not None and self._is_grouped()
+        grouped = self._is_grouped()
+        if not grouped:
+            self._laid_out = None  # what learns, or is wrapped, may be written to in ways that no version counts
+        grouped = grouped and experts is not None
         output = self._forward_grouped(x, experts) if grouped else self._forward_masked(x, experts)
         return output.view_as(hidden_states)
 
@@ -158,15 +161,15 @@ class ExpertMLP(nn.Module):
     # --- inference --------------------------------------------------------------------------------------------------------------
 
     def lay_out(self) -> None:
-        """Copy each expert's weights into pieces of their own, unless that is done and the weights have not changed.
+        """Copy each expert's weights into pieces of their own, anew if there are such copies.
 
-        The first inference forward does it, too. Changes in place and replaced tensors are seen; writing through `weight.data` is not.
+        The first inference forward does it, too, and the next one after changes in place, replaced tensors or modules, forwards with
+        gradients or through adapters. Writing to `weight.data` between two inference forwards is not seen: call `lay_out()` after it.
         """
-        if self._laid_out is None or self._laid_out[0] != self._state():
-            self._laid_out = None  # free the old ones first
-            with torch.inference_mode(False), torch.no_grad():
-                pieces = tuple(self._copied(members.nonzero()[:, 0]) for members in self.membership)
-            self._laid_out = (self._state(), pieces)
+        self._laid_out = None  # free the old ones first
+        with torch.inference_mode(False), torch.no_grad():
+            pieces = tuple(self._copied(members.nonzero()[:, 0]) for members in self.membership)
+        self._laid_out = (self._state(), pieces)
 
     def _copied(self, neurons: Tensor) -> Pieces:
         """Gate and up in one matrix: fewer and wider products, which threads divide better."""
@@ -204,7 +207,8 @@ class ExpertMLP(nn.Module):
 
     def _forward_grouped(self, x: Tensor, experts: Tensor | int) -> Tensor:
         """Every token through the neurons of its expert, [N, D] -> [N, D]."""
-        self.lay_out()
+        if self._laid_out is None or self._laid_out[0] != self._state():
+            self.lay_out()
         pieces = self._laid_out[1]
         if isinstance(experts, int) or len(x) == 1:  # decoding: as little as possible around the products
             return self._run(x, pieces[int(experts)])
@@ -234,6 +238,12 @@ class ExpertMLP(nn.Module):
         return torch.mm(hidden, down, out=output) if bias is None else torch.addmm(bias, hidden, down, out=output)
 
     # --- when the copies go -----------------------------------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """As in torch; copies are dropped where a module, a parameter or a buffer is put, e.g. as adapters are wrapped and merged."""
+        super().__setattr__(name, value)
+        if isinstance(value, (nn.Module, Tensor)):
+            self.__dict__["_laid_out"] = None
 
     def _apply(self, fn, recurse: bool = True):
         """As in torch: another device or dtype; copies are dropped."""
