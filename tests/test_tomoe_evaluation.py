@@ -131,6 +131,13 @@ def test_mask_frames(family, attention):
 
 
 @torch.no_grad()
+def test_more_experts_than_a_byte_can_count(blocks):
+    model = make_masked(num_experts=130)
+    model.set_routing(129)
+    assert set(trace_routing(model, blocks[:1].ids)["expert"]) == {129}
+
+
+@torch.no_grad()
 def test_experts_without_neurons_are_in_the_frame(tmp_path):
     """Of the last layer none has any, of the first one expert; as a table on disk, too."""
     from dynamoe_lab.analysis.metrics import mask_jaccard, mask_union
