@@ -288,7 +288,6 @@ class ToMoEMixin(RoutedMixin):
             None if attentions is None else [trace.value_widths.to(device) for trace in attentions],
             None if attentions is None else [trace.pair_widths.to(device) for trace in attentions],
             p=self.moe.p,
-            modules=len(self.hypernetwork.z),
             counted=None if counted is None else counted.to(device),
         )
         if self._gradient_is_lost(losses["balance_loss"]):
