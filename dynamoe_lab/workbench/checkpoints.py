@@ -103,7 +103,7 @@ def export_to_folder(checkpoint: str, output: Path, *, form: str = "tomoe", say:
     Args:
         checkpoint: a masked ToMoE model, trained or not: a folder or a Hub id.
         output: a folder that does not exist yet, or is empty.
-        form: "tomoe", or "mixtral": stock transformers classes, which need experts of equal width and whole attention.
+        form: "tomoe", or "mixtral": stock transformers classes, which need whole attention, and pad narrower experts with zeros.
 
     Raises:
         InputError: `output` holds something, no masked ToMoE model, or one that the form cannot hold.
