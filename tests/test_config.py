@@ -54,10 +54,11 @@ def test_training_is_the_papers_unless_it_is_told():
     assert TrainConfig().divergence == 1.0
 
 
-def test_the_quick_profile_trains_both_methods_on_as_many_tokens():
-    quick = load_experiment("quick")
-    tokens = {config.steps * config.batch_size * config.accumulation * quick.data.context for config in (quick.train, quick.tomoe_train)}
-    assert tokens == {7680}
+@pytest.mark.parametrize(("profile", "expected"), [("quick", 7680), ("smoke", 3072)])
+def test_profiles_train_both_methods_on_as_many_tokens(profile, expected):
+    experiment = load_experiment(profile)
+    configs = (experiment.train, experiment.tomoe_train)
+    assert {config.steps * config.batch_size * config.accumulation * experiment.data.context for config in configs} == {expected}
 
 
 @pytest.mark.parametrize(

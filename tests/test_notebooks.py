@@ -189,6 +189,9 @@ def test_what_tomoe_found_adds_up(report):
     assert params.loc[run.index.astype(str), "active_mlp_fraction"].to_numpy() == pytest.approx(run.to_numpy(), abs=2e-3)
     union = pd.read_csv(folder / "tomoe_union.csv", dtype={"layer": str})
     assert union.groupby("layer")["share"].sum().to_numpy() == pytest.approx(1, abs=1e-4)
+    lost = union.set_index(["layer", "count"]).loc[("all", 0), "share"]
+    assert lost > 0, "a profile whose masks all stay open tests nothing"
+    assert steps["open_union"].iloc[-1] == pytest.approx(1 - lost, abs=1e-4)
     perplexity = pd.read_csv(folder / "tomoe_perplexity.csv").set_index("run")
     assert perplexity.loc["all masks open", "ratio"] == pytest.approx(1, abs=1e-4), "all masks open is the dense model"
     captions = {entry["stem"]: entry["caption"] for entry in record(report, "12_tomoe")["results"]["figures"]}
