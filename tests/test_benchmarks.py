@@ -13,6 +13,7 @@ from conftest import PICO, make_converted, make_dense
 from lm_eval.api.metrics import mean_stderr
 from lm_eval.models.huggingface import HFLM
 
+from dynamoe_lab.conversion import export
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation import evaluate_benchmarks, evaluate_task, load_tasks
 from dynamoe_lab.evaluation.benchmark_lm import BenchmarkLM
@@ -316,6 +317,21 @@ def test_dense_models_are_wholly_active(make_task, tokenizer):
     scores, _ = evaluate_task(model, tokenizer, path)
     assert value(scores, "active_params") == sum(parameter.numel() for parameter in model.parameters())
     assert value(scores, "active_mlp_fraction") == 1
+
+
+def test_experts_of_a_stock_class_are_counted(make_task, tokenizer):
+    """The export as a Mixtral: one expert of four a token; what share of the dense MLP that is, the file does not say."""
+    from deployed_models import make_masked
+
+    path, _ = make_task()
+    masked = make_masked(attention="none")
+    model = export(masked, form="mixtral")
+    config = model.config
+    scores, _ = evaluate_task(model, tokenizer, path)
+    expert = 3 * config.hidden_size * config.intermediate_size
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    assert value(scores, "active_params") == whole - config.num_hidden_layers * 3 * expert
+    assert math.isnan(value(scores, "active_mlp_fraction"))
 
 
 # --- how it behaves ------------------------------------------------------------------------------------------------------------------

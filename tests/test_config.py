@@ -6,6 +6,7 @@ import pytest
 
 from dynamoe_lab.config import Experiment, ToMoETrainConfig, TrainConfig, field_names, load_experiment, profiles, unread_section
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.models import ToMoEConfig
 
 
 def test_overrides_beat_profile_beats_defaults():
@@ -53,10 +54,11 @@ def test_training_is_the_papers_unless_it_is_told():
     assert TrainConfig().divergence == 1.0
 
 
-def test_the_quick_profile_trains_both_methods_on_as_many_tokens():
-    quick = load_experiment("quick")
-    tokens = {config.steps * config.batch_size * config.accumulation * quick.data.context for config in (quick.train, quick.tomoe_train)}
-    assert tokens == {7680}
+@pytest.mark.parametrize(("profile", "expected"), [("quick", 7680), ("smoke", 3072)])
+def test_profiles_train_both_methods_on_as_many_tokens(profile, expected):
+    experiment = load_experiment(profile)
+    configs = (experiment.train, experiment.tomoe_train)
+    assert {config.steps * config.batch_size * config.accumulation * experiment.data.context for config in configs} == {expected}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,8 @@ def test_the_quick_profile_trains_both_methods_on_as_many_tokens():
         ("threads=0", "threads = 0"),
         ("method=flextron", "expected one of.*tomoe"),
         ("tomoe.p=0", r"tomoe.p = 0.0"),
+        ("tomoe.lambda_union=.inf", "tomoe.lambda_union = inf: give a finite number"),
+        ("tomoe.mask_offset=.nan", "tomoe.mask_offset = nan: give a finite number"),
         ("tomoe.attention=some", "expected one of.*hybrid"),
         ("tomoe.expert=4", "did you mean tomoe.num_experts"),
         ("tomoe_train.mlp_lr=1", "mlp_lr"),
@@ -123,3 +127,17 @@ def test_every_field_is_read_somewhere():
         last = name.rsplit(".", 1)[-1]
         read = any(re.search(rf"\.{last}\b", text) for text in code)
         assert read or (f"self.{last}" in own and name.startswith("dynamoe.")), f"nothing reads {name}"
+
+
+@pytest.mark.parametrize("changes", [{"num_experts": 4.0}, {"embedding_size": float("nan")}, {"seed": 1.5}, {"noise_size": True}])
+def test_counts_of_tomoe_are_whole_numbers(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=rf"tomoe\.{name} = .*: give a whole number"):
+        ToMoEConfig(**changes)
+
+
+@pytest.mark.parametrize("name", ["p", "mask_temperature", "lambda_kl", "mask_offset"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_settings_of_tomoe_are_finite(name, value):
+    with pytest.raises(ValueError, match=rf"tomoe\.{name} = .*: give a finite number"):
+        ToMoEConfig(**{name: value})

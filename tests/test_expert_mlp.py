@@ -177,8 +177,32 @@ def _trained_a_little(mlp):
     mlp.eval()
 
 
+def _adapted(mlp):
+    """Wrapped, merged and unwrapped as adapters are: through `.data`, the linear map is the same one afterwards."""
+    linear = mlp.up_proj
+    mlp.up_proj = nn.Sequential(linear)
+    linear.weight.data += 0.5
+    mlp.up_proj = linear
+
+
+def _looked_at_with_gradients(mlp):
+    linear = mlp.up_proj
+    with torch.enable_grad():
+        mlp(tokens())
+    linear.weight.data += 0.5
+
+
+def _laid_out_again(mlp):
+    mlp.up_proj.weight.data += 0.5
+    mlp.lay_out()
+
+
+CHANGES = [_in_place, _optimised, _replaced, _loaded, _assigned, _other_members, _trained_a_little]
+CHANGES += [_adapted, _looked_at_with_gradients, _laid_out_again]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("change", [_in_place, _optimised, _replaced, _loaded, _assigned, _other_members, _trained_a_little])
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_are_seen(change):
     mlp, x = make_mlp(), tokens()
     before = mlp(x)

@@ -21,11 +21,20 @@ class TestTraining:
     def test_every_number_is_told(self):
         balance = make_steps()["balance_loss"].tail(10).mean()
         assert tomoe_training_finding(make_steps(), p=0.5, experts=4) == (
-            "A short training: after 20 steps (5,120 tokens) 80.0 % of the weights of attention and MLPs are active on average under the "
-            "noise of training (by the widest expert and token 80.5 %; target 50 %), and 99.0 % of the neurons are in some expert; without "
-            "noise the KL from the dense model on held-out text is 0.450 nats per token, rising (before: 0.250); balance is "
+            "A short training: after 20 steps (5,120 tokens) 60.0 % of the weights of attention and MLPs are active on average on held-out "
+            "text, without noise (under training noise 80.0 %, by the widest expert and token 80.5 %; target 50 %), and 98.0 % of the "
+            "neurons are in some expert (under training noise 99.0 %); without noise the KL "
+            "from the dense model on held-out text is 0.450 nats per token, rising (before: 0.250); balance is "
             f"{balance:.3f} (used alike: 0.250, one expert alone: 1; mean of 10 steps); the paper's runs saw 4,000 times as many tokens."
         )
+
+    def test_noise_is_named_where_nothing_was_measured_without(self):
+        steps = make_steps()
+        for each in (steps.assign(open_ratio=np.nan, open_union=np.nan), steps.drop(columns=["open_ratio", "open_union"])):
+            assert (
+                "80.0 % of the weights of attention and MLPs are active on average under training noise (by the widest expert and token "
+                "80.5 %; target 50 %), and under that noise 99.0 % of the neurons are in some expert; "
+            ) in tomoe_training_finding(each, p=0.5, experts=4)
 
     def test_held_out_text_falls_or_was_not_measured(self):
         steps = make_steps()
@@ -99,8 +108,8 @@ class TestSpecialisation:
         found = self.measure(domain=1.0)
         sentence = specialisation_finding(found)
         whole = found[found["layer"] == "all"].set_index("factor")
-        domain, kind = sentence.split("; with the token's token class")
-        assert "with the token's domain (3 of them) it goes beyond shuffled labels (p 0.01)" in domain
+        domain, kind = sentence.split("; with the class of the token (4 of them)")
+        assert "with the domain of the text (3 of them) it goes beyond shuffled labels (p 0.01)" in domain
         assert f"mean Cramér's V over layers {whole.loc['domain', 'association']:.2f} (" in domain
         assert f"{whole.loc['domain', 'control']:.2f} (" in domain
         assert "when labels are shuffled among 24 documents" in domain

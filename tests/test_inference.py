@@ -217,7 +217,8 @@ def test_layouts_can_be_exchanged_for_sharding(tmp_path):
 
 def test_training_runs_by_rows_and_ends_by_columns(tmp_path, monkeypatch):
     from dynamoe_lab.config import TrainConfig
-    from dynamoe_lab.training import dynamoe, train
+    from dynamoe_lab.models import DynaMoEMixin
+    from dynamoe_lab.training import dynamoe, run, train
 
     seen = []
 
@@ -226,7 +227,7 @@ def test_training_runs_by_rows_and_ends_by_columns(tmp_path, monkeypatch):
             seen.append(all(parameter.is_contiguous() for parameter in self.model.parameters()))
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(dynamoe, "DynaMoETrainer", Watched)
+    monkeypatch.setitem(run.TRAINERS, DynaMoEMixin, Watched)
     model = make_converted()
     train(model, make_blocks().ids, TrainConfig(steps=1, batch_size=2), output_dir=tmp_path, progress=False)
     assert seen == [True]

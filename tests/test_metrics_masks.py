@@ -19,7 +19,7 @@ def jaccard(one: np.ndarray, two: np.ndarray) -> float:
 class TestUnion:
     def test_counts_by_hand(self):
         first = [[1, 1, 0, 0, 1], [1, 0, 0, 0, 1], [1, 0, 1, 0, 1]]  # neurons are in 3, 1, 1, 0, 3 experts
-        second = [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]  # an expert without neurons has no row
+        second = [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]  # an expert without neurons
         union = mask_union(from_tables(first, second), experts=3).set_index(["layer", "count"])
         assert union.loc[0, "share"].tolist() == pytest.approx([0.2, 0.4, 0, 0.4])
         assert union.loc[1, "share"].tolist() == pytest.approx([0, 0, 1, 0])
@@ -41,8 +41,17 @@ class TestUnion:
         union = mask_union(masks[masks["layer"] != 1], experts=4)
         assert union[(union["layer"] == 1) & (union["count"] == 0)]["share"].item() == 1
 
+    def test_the_last_layer_may_be_the_one_that_is_closed(self):
+        union = mask_union(from_tables(np.ones((2, 5)), np.zeros((2, 5))), experts=2)
+        assert union[(union["layer"] == 1) & (union["count"] == 0)]["share"].item() == 1
+        assert union[(union["layer"] == "all") & (union["count"] == 0)]["share"].item() == pytest.approx(0.5)
+        closed = mask_union(from_tables(np.zeros((2, 5))), experts=2)
+        assert closed[closed["count"] == 0]["share"].tolist() == [1, 1]
+
     def test_bad_frames(self):
         masks = make_masks()
+        with pytest.raises(InputError, match="column neuron must hold whole numbers from -1"):
+            mask_union(masks.assign(neuron=-2), experts=4)
         with pytest.raises(InputError, match="mask_union: the frame has expert 3, counted from 0, but experts = 3"):
             mask_union(masks, experts=3)
         with pytest.raises(InputError, match="2 runs"):
@@ -89,6 +98,16 @@ class TestJaccard:
         )
         assert wide == pytest.approx(0.9 / 1.1, abs=0.05)  # w^2 / (2 w - w^2), a little more for the matching
         assert narrow < 0.35
+
+    def test_closed_layers_and_experts_are_compared(self):
+        """The last layer, or the last expert, has nothing open in one of the runs."""
+        whole, none = np.ones((2, 5)), np.zeros((2, 5))
+        last = np.array([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+        found = mask_jaccard(from_tables(whole, none), from_tables(whole, whole, run="b"), draws=3)
+        assert found["jaccard"].tolist() == [1, 0, 0.5]
+        assert found["width_a"].tolist() == [1, 0, 0.5]
+        assert mask_jaccard(from_tables(last), from_tables(last, run="b"), draws=3)["jaccard"].tolist() == [1, 1]
+        assert mask_jaccard(from_tables(none), from_tables(none, run="b"), draws=3)["jaccard"].tolist() == [1, 1]
 
     def test_attention_pairs_have_nothing_to_match(self):
         one, two = make_pairs(), make_pairs(seed=1, run="b")

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,7 @@ COLUMNS = {  # of the documented tables
     "09_latency/time_parts": "run routing phase batch tokens part seconds share",
     "07_collapse/collapse": "lambda_router router_gradient seed layer expert share tokens",
     "12_tomoe/tomoe_training": "run step tokens loss lm_loss kl_loss ratio_loss union_loss balance_loss active_ratio_max active_ratio_mean "
-    "union_coverage heldout_kl lr seconds",
+    "union_coverage heldout_kl open_ratio open_union lr seconds",
     "12_tomoe/tomoe_union": "run layer count share chance neurons",
     "12_tomoe/tomoe_specialisation": "run factor layer association low high control control_low control_high p tokens levels clusters",
     "20_ablation/ablation": "cell dynamoe.importance mode metric value low high n active_mlp_fraction active_params train_tokens status",
@@ -103,7 +104,7 @@ def test_usage_and_confusion_agree(report):
 def test_the_frontier_holds_every_control_at_its_compute(report):
     pareto = pd.read_csv(report / "06_pareto" / "pareto.csv").query("metric == 'perplexity_ratio'")
     trained = pareto["train_tokens"] > 0
-    assert set(pareto["method"]) == {"dense", "label", "random", "router", "static"}
+    assert set(pareto["method"]) == {"dense", "label", "random", "router", "static", "tomoe p = 0.7"}
     assert set(pareto.loc[(pareto["method"] == "label") & ~trained, "theta"]) == {0.7, 0.8, 0.9, 0.95}
     assert set(pareto.loc[trained & (pareto["method"] == "router"), "theta"]) == {0.8, 0.9}
     assert pareto.loc[trained, "train_tokens"].nunique() == 1
@@ -117,7 +118,7 @@ def test_the_frontier_holds_every_control_at_its_compute(report):
 @pytest.mark.assets
 def test_time_is_told_beside_parameters_where_it_was_measured(report):
     pareto = pd.read_csv(report / "06_pareto" / "pareto.csv").query("metric == 'perplexity_ratio'")
-    timed = pareto["method"].isin(["router", "static", "dense"])
+    timed = pareto["method"].isin(["router", "static", "dense", "tomoe p = 0.7"])
     assert pareto.loc[timed, "time_ratio"].gt(0).all()
     assert pareto.loc[~timed, "time_ratio"].isna().all(), "labels and random draws are not timed"
     assert (pareto.loc[pareto["method"] == "dense", ["time_ratio", "time_low", "time_high"]] == 1).all(axis=None)
@@ -126,19 +127,20 @@ def test_time_is_told_beside_parameters_where_it_was_measured(report):
 @pytest.mark.assets
 def test_benchmarks_are_scored_for_both_models_on_the_same_documents(report):
     scores = pd.read_csv(report / "08_benchmarks" / "scores.csv").query("metric == 'acc'")
-    assert scores.groupby("run")["task"].nunique().to_dict() == {"dense": 7, "router": 7}
+    assert scores.groupby("run")["task"].nunique().to_dict() == {"dense": 7, "router": 7, "ToMoE": 7}
     assert scores["n"].nunique() == 1
-    deltas = pd.read_csv(report / "08_benchmarks" / "benchmark_deltas.csv").set_index("task")
+    deltas = pd.read_csv(report / "08_benchmarks" / "benchmark_deltas.csv").set_index(["run", "task"])
     means = scores.groupby("run")["value"].mean()
-    assert deltas.loc["average", "difference"] == pytest.approx(means["router"] - means["dense"], abs=1e-5)
+    for run in ("router", "ToMoE"):
+        assert deltas.loc[(run, "average"), "difference"] == pytest.approx(means[run] - means["dense"], abs=1e-5)
     captions = {
         entry["stem"]: entry["caption"] for kind in ("figures", "tables") for entry in record(report, "08_benchmarks")["results"][kind]
     }
     assert all("validation (stock: test)" in captions[stem] for stem in (*FIGURES["08_benchmarks"], "scores"))
     functions = [step["function"] for step in record(report, "08_benchmarks")["results"]["steps"]]
-    assert functions.count("evaluate_task") == 14, "every task is a step of its own"
+    assert functions.count("evaluate_task") == 21, "every task is a step of its own"
     trained = [step["cached"] for step in record(report, "08_benchmarks")["results"]["steps"] if step["function"] == "train"]
-    assert trained == [True], "the model is that of notebook 03"
+    assert trained == [True, True], "the models are those of notebooks 03 and 06"
 
 
 @pytest.mark.assets
@@ -146,14 +148,15 @@ def test_the_frontiers_accuracy_is_that_of_the_benchmarks(report):
     """06 scores before 08 does: the same steps, so that 08 scores nothing again, and the same averages."""
     pareto = pd.read_csv(report / "06_pareto" / "pareto.csv").query("metric == 'average_accuracy'")
     scored = sorted(zip(pareto["method"], pareto["theta"].fillna(0), strict=True))
-    assert scored == [("dense", 0), ("router", 0.9), ("static", 0.9)]
+    assert scored == [("dense", 0), ("router", 0.9), ("static", 0.9), ("tomoe p = 0.7", 0)]
     scores = pd.read_csv(report / "08_benchmarks" / "scores.csv").pivot_table(index="run", columns="metric", values="value")
-    for run, row in (("dense", pareto[pareto["method"] == "dense"]), ("router", pareto[pareto["method"] == "router"])):
+    for run, method in (("dense", "dense"), ("router", "router"), ("ToMoE", "tomoe p = 0.7")):
+        row = pareto[pareto["method"] == method]
         assert row["value"].item() == pytest.approx(scores.loc[run, "acc"], abs=1e-5)
         assert row["active_params"].item() == pytest.approx(scores.loc[run, "active_params"], rel=1e-4)
     steps = {name: record(report, name)["results"]["steps"] for name in ("06_pareto", "08_benchmarks")}
     keys = {name: {step["key"] for step in found if step["function"] == "evaluate_task"} for name, found in steps.items()}
-    assert len(keys["06_pareto"]) == 21
+    assert len(keys["06_pareto"]) == 28
     assert keys["08_benchmarks"] < keys["06_pareto"]
     assert all(step["cached"] for step in steps["08_benchmarks"] if step["function"] == "evaluate_task")
     static = pd.read_csv(report / "06_pareto" / "static_accuracy.csv").set_index("task").loc["average"]
@@ -167,13 +170,13 @@ def test_the_frontiers_accuracy_is_that_of_the_benchmarks(report):
 def test_latency_knows_every_phase_and_routing(report):
     latency = pd.read_csv(report / "09_latency" / "latency.csv")
     assert set(latency["phase"]) == {"prefill", "decode"}
-    assert set(latency["routing"]) == {"dense", "router", "one expert", "mixed"}
+    assert set(latency["routing"]) == {"dense", "router", "one expert", "mixed", "ToMoE"}
     dense = latency[latency["routing"] == "dense"]
     assert (dense["ideal_seconds"] == dense["seconds"]).all()
     energy = pd.read_csv(report / "09_latency" / "energy.csv")
     assert energy["joules_per_token"].gt(0).all() or energy["note"].str.startswith("not measured: ").all()
     trained = [step["cached"] for step in record(report, "09_latency")["results"]["steps"] if step["function"] == "train"]
-    assert trained == [True], "the model is that of notebook 03"
+    assert trained == [True, True], "the models are those of notebooks 03 and 06"
 
 
 @pytest.mark.assets
@@ -188,6 +191,9 @@ def test_what_tomoe_found_adds_up(report):
     assert params.loc[run.index.astype(str), "active_mlp_fraction"].to_numpy() == pytest.approx(run.to_numpy(), abs=2e-3)
     union = pd.read_csv(folder / "tomoe_union.csv", dtype={"layer": str})
     assert union.groupby("layer")["share"].sum().to_numpy() == pytest.approx(1, abs=1e-4)
+    lost = union.set_index(["layer", "count"]).loc[("all", 0), "share"]
+    assert lost > 0, "a profile whose masks all stay open tests nothing"
+    assert steps["open_union"].iloc[-1] == pytest.approx(1 - lost, abs=1e-4)
     perplexity = pd.read_csv(folder / "tomoe_perplexity.csv").set_index("run")
     assert perplexity.loc["all masks open", "ratio"] == pytest.approx(1, abs=1e-4), "all masks open is the dense model"
     captions = {entry["stem"]: entry["caption"] for entry in record(report, "12_tomoe")["results"]["figures"]}
@@ -255,3 +261,13 @@ def test_killed_in_a_notebook_the_same_command_finishes(home, report, tmp_path):
     run(own, tmp_path / "report", "03")
     assert record(tmp_path / "report", "03_train_router")["run"]["status"] == "ok"
     assert checkpoint(own, tmp_path / "report").read_bytes() == checkpoint(home, report).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["06_pareto", "08_benchmarks", "12_tomoe"])
+def test_seeds_are_added_to_the_experiments(name):
+    """Notebooks that train the same model share it under any override: no seed of the list stands for itself."""
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    source = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert not re.findall(r"""(?:experiment\.(?:tomoe|train|tomoe_train), seed=|(?:tomoe|train)\.seed": )seeds?\b""", source)
+    assert "experiment.tomoe.seed + seed" in source
+    assert "experiment.tomoe_train.seed + seed" in source

@@ -213,7 +213,20 @@ ALSO = {
     "plot_tomoe_training": {"p": 0.5, "experts": 4},
     "plot_tomoe_usage": {"widths": make_widths()},
 }
-OPTIONAL = ("run", "loss", "lr", "seconds", "chance", "active_params", "train_tokens", "status", "error", "split")
+OPTIONAL = (
+    "open_ratio",
+    "open_union",
+    "run",
+    "loss",
+    "lr",
+    "seconds",
+    "chance",
+    "active_params",
+    "train_tokens",
+    "status",
+    "error",
+    "split",
+)
 
 
 def draw(name: str, frame: pd.DataFrame, **where):

@@ -23,24 +23,37 @@ class TestTraining:
         divergence, ratio, union, balance = figure.axes
         assert line(divergence, "training batches, with noise").get_ydata() == pytest.approx(steps["kl_loss"].to_numpy())
         held = steps.dropna(subset=["heldout_kl"])
-        assert line(divergence, "held-out, without").get_xdata().tolist() == held["tokens"].tolist()
-        assert line(divergence, "held-out, without").get_ydata() == pytest.approx(held["heldout_kl"].to_numpy())
-        assert line(ratio, "mean over tokens").get_ydata() == pytest.approx(steps["active_ratio_mean"].to_numpy())
-        assert line(ratio, "widest expert, widest token").get_ydata() == pytest.approx(steps["active_ratio_max"].to_numpy())
-        assert union.get_lines()[0].get_ydata() == pytest.approx(steps["union_coverage"].to_numpy())
+        for ax, name in ((divergence, "heldout_kl"), (ratio, "open_ratio"), (union, "open_union")):
+            assert line(ax, "held-out, without noise").get_xdata().tolist() == held["tokens"].tolist()
+            assert line(ax, "held-out, without noise").get_ydata() == pytest.approx(held[name].to_numpy())
+        assert line(ratio, "mean over tokens, with noise").get_ydata() == pytest.approx(steps["active_ratio_mean"].to_numpy())
+        assert line(ratio, "widest expert and token, with noise").get_ydata() == pytest.approx(steps["active_ratio_max"].to_numpy())
+        assert line(union, "training batches, with noise").get_ydata() == pytest.approx(steps["union_coverage"].to_numpy())
         assert line(balance, "seed 0").get_ydata() == pytest.approx(steps["balance_loss"].to_numpy())
         levels = [{float(one.get_ydata()[0]) for one in ax.get_lines() if len(set(one.get_ydata())) == 1} for ax in figure.axes]
         assert [0.0 in levels[0], {0.5, 1.0} <= levels[1], 1.0 in levels[2], {0.25, 1.0} <= levels[3]] == [True] * 4
         assert title(figure) == (
-            "Short training: after 5.12 K tokens the mean active ratio is 80 % (target 50 %) at a held-out KL of 0.45 nats per token"
+            "Short training: after 5.12 K tokens the mean active ratio without noise is 60 % (target 50 %) "
+            "at a held-out KL of 0.45 nats per token"
         )
 
     def test_without_held_out_text_and_after_long_training(self):
-        steps = make_steps().assign(heldout_kl=np.nan)
+        steps = make_steps().assign(heldout_kl=np.nan, open_ratio=np.nan).drop(columns="open_union")
         steps["tokens"] *= 1000
         message = title(plots.plot_tomoe_training(steps, p=0.5, experts=4, window=2))
         assert message.startswith("After 5.12 M tokens")
+        assert "the mean active ratio under training noise is 80 % (target" in message
         assert f"at a KL of {steps['kl_loss'].tail(2).mean():.3g} nats" in message
+
+    @pytest.mark.parametrize("runs", [1, 3])
+    def test_no_key_covers_a_curve(self, runs):
+        steps = pd.concat([make_steps(run=f"seed {run}", shift=0.1 * run) for run in range(runs)])
+        figure = plots.plot_tomoe_training(steps, p=0.5, experts=4)
+        figure.canvas.draw()
+        for ax in figure.axes:
+            key, inside = ax.get_legend().get_window_extent(), ax.get_window_extent()
+            assert key.y0 >= inside.y1 - 0.5
+            assert key.x1 <= figure.bbox.x1
 
     def test_several_runs_are_told_by_their_span(self, frames):  # noqa: F811
         figure = plots.plot_tomoe_training(frames["tomoe_steps"], p=0.5, experts=4)

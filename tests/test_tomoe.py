@@ -185,7 +185,7 @@ def naive_losses(weights, config, moe, ids, counted, noise):
         union = union + naive_gap((1 - missing).mean(), torch.ones((), dtype=student.dtype))
         share = piece["choice"].mean(0)
         balance = balance + (share.detach() * share).sum() / len(pieces)
-    union = union / len(weights["hypernetwork.z"])
+    union = union / (2 * config.num_hidden_layers)
     ratio = naive_gap(active / total, torch.tensor(moe.p, dtype=student.dtype))
     return {"kl_loss": kl, "ratio_loss": ratio, "union_loss": union, "balance_loss": balance}, student
 
@@ -512,6 +512,31 @@ def test_pads_count_in_no_training_loss(attention):
     model.noise = GivenNoise()
     whole = model(ids, labels=ids)
     assert losses[0] != pytest.approx([float(getattr(whole, name).detach()) for name in TERMS], rel=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["hybrid", "none"])
+@pytest.mark.parametrize("what", ["pads", "labels"])
+def test_a_batch_of_which_nothing_counts(attention, what):
+    """Only pads give no gradient at all; text without labels is distilled all the same."""
+    model, ids = make_pruned(attention=attention).train(), make_blocks(2, 16).ids
+    inputs = {"labels": torch.full_like(ids, -100)}
+    if what == "pads":
+        inputs["attention_mask"] = torch.zeros_like(ids)
+    output = model(ids, **inputs)
+    assert all(bool(torch.isfinite(getattr(output, name))) for name in TERMS)
+    assert float(output.lm_loss) == 0
+    output.loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
+    if what == "pads":
+        assert float(output.loss.detach()) == 0
+        assert not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
+    else:
+        assert float(output.kl_loss.detach()) > 0
+
+
+def test_trainer_divides_the_loss_by_accumulation():
+    assert make_tomoe().accepts_loss_kwargs is False
 
 
 @torch.no_grad()

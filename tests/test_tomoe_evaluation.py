@@ -130,6 +130,34 @@ def test_mask_frames(family, attention):
         expert_masks(deployed)
 
 
+@torch.no_grad()
+def test_more_experts_than_a_byte_can_count(blocks):
+    model = make_masked(num_experts=130)
+    model.set_routing(129)
+    assert set(trace_routing(model, blocks[:1].ids)["expert"]) == {129}
+
+
+@torch.no_grad()
+def test_experts_without_neurons_are_in_the_frame(tmp_path):
+    """Of the last layer none has any, of the first one expert; as a table on disk, too."""
+    from dynamoe_lab.analysis.metrics import mask_jaccard, mask_union
+
+    model = make_masked()
+    layers = model.layer_masks()
+    layers[-1].experts[:] = False
+    layers[0].experts[1] = False
+    model.layer_masks = lambda: layers
+    frame = expert_masks(model)
+    assert len(frame) == sum(int(layer.experts.sum()) for layer in layers) + E + 1
+    assert frame[frame["neuron"] < 0][["layer", "expert"]].to_numpy().tolist() == [[0, 1], *([L - 1, e] for e in range(E))]
+    frame.to_csv(tmp_path / "masks.csv", index=False)
+    for each in (frame, pd.read_csv(tmp_path / "masks.csv").assign(run="")):
+        union = mask_union(each, experts=E).set_index(["layer", "count"])["share"]
+        assert union[L - 1, 0] == 1
+        assert 1 - union["all", 0] == pytest.approx(np.mean([float(layer.experts.any(0).float().mean()) for layer in layers]))
+        assert (mask_jaccard(each, frame, draws=2)["jaccard"] == 1).all()
+
+
 def test_a_layer_that_keeps_no_pair():
     model = make_masked()
     with torch.no_grad():

@@ -133,7 +133,7 @@ def test_structure_losses_by_hand():
     counted = torch.tensor([True, True, True, False])
     values = [torch.tensor([1.0, 0, 1, 2]), torch.tensor([2.0, 2, 2, 2])]
     pairs = [torch.tensor(2.0), torch.tensor(0.0)]
-    found = structure_losses(SIZES, masks, choices, values, pairs, p=0.5, modules=4, counted=counted)
+    found = structure_losses(SIZES, masks, choices, values, pairs, p=0.5, counted=counted)
     assert float(found["active_ratio_max"]) == pytest.approx(0.7)
     assert float(found["ratio_loss"]) == pytest.approx(math.log(0.701 / 0.501), rel=1e-5)
     first, second = 12 * (2 / 3 + 2) + 12 * (2 / 3 * 3 + 1 / 3 * 2), 12 * 2 + 12 * (2 / 3 * 6 + 1 / 3 * 2)
@@ -141,6 +141,6 @@ def test_structure_losses_by_hand():
     assert float(found["union_coverage"]) == pytest.approx((4 / 6 + 1) / 2)
     assert float(found["union_loss"]) == pytest.approx(math.log(1.001 / (4 / 6 + 0.001)) / 4, rel=1e-5)
     assert float(found["balance_loss"]) == pytest.approx((2 / 3) ** 2 + (1 / 3) ** 2)
-    whole = structure_losses(SIZES, masks, choices, None, None, p=0.5, modules=2)
+    whole = structure_losses(SIZES, masks, choices, None, None, p=0.5)
     assert float(whole["active_ratio_max"]) == pytest.approx((48 + 36 + 48 + 72) / 240), "attention that is whole counts as whole"
-    assert float(whole["union_loss"]) == pytest.approx(math.log(1.001 / (4 / 6 + 0.001)) / 2, rel=1e-5)
+    assert float(whole["union_loss"]) == pytest.approx(math.log(1.001 / (4 / 6 + 0.001)) / 4, rel=1e-5), "of 2 L modules, too"

@@ -21,7 +21,7 @@ from dynamoe_lab.workbench.steps import run_step
 
 CONFIG = ToMoETrainConfig(steps=6, batch_size=2, save_steps=2, lr=1e-2)
 COLUMNS = ["run", "step", "tokens", "loss", "lm_loss", "kl_loss", "ratio_loss", "union_loss", "balance_loss"]
-COLUMNS += ["active_ratio_max", "active_ratio_mean", "union_coverage", "heldout_kl", "lr", "seconds"]
+COLUMNS += ["active_ratio_max", "active_ratio_mean", "union_coverage", "heldout_kl", "open_ratio", "open_union", "lr", "seconds"]
 
 
 def make_closing(**changes):
@@ -71,8 +71,9 @@ def test_steps_frame(tmp_path):
     assert steps["tokens"].tolist() == [2 * 24 * step for step in range(1, 7)]
     assert steps["run"].unique().tolist() == ["here"]
     assert (steps["lr"] == 1e-2).all(), "no schedule"
-    assert steps["heldout_kl"].isna().all()
-    assert steps.drop(columns=["run", "heldout_kl"]).notna().all(axis=None)
+    heldout = ["heldout_kl", "open_ratio", "open_union"]
+    assert steps[heldout].isna().all(axis=None)
+    assert steps.drop(columns=["run", *heldout]).notna().all(axis=None)
     assert steps["active_ratio_mean"].between(0, steps["active_ratio_max"]).all()
     assert steps["union_coverage"].between(0, 1).all()
     terms = {"kl_loss": model.moe.lambda_kl, "ratio_loss": model.moe.lambda_ratio}
@@ -106,6 +107,29 @@ def test_heldout_kl_is_that_of_the_dense_model(tmp_path):
     expected = (wanted.exp() * (wanted - given)).sum(-1).mean().item()
     assert steps["heldout_kl"].iloc[-1] == pytest.approx(expected, rel=1e-4)
     assert expected > 1e-3
+
+
+@pytest.mark.parametrize("attention", ["hybrid", "none"])
+def test_what_is_open_without_noise_is_measured_on_held_out_text(tmp_path, attention):
+    """From the masks and each token's choices in words; with a last batch that is smaller, and text whose tokens differ."""
+    heldout, model = make_blocks(6, seed=5), make_closing(attention=attention)
+    config = ToMoETrainConfig(steps=3, batch_size=4, eval_steps=2, lr=1e-2)
+    steps = train(model, make_blocks(16), config, output_dir=tmp_path, heldout=heldout, progress=False)
+    measured = steps[["open_ratio", "open_union"]].notna().all(axis=1)
+    assert steps["step"][measured].tolist() == steps["step"][steps["heldout_kl"].notna()].tolist() == [2, 3]
+    masks = model.layer_masks()
+    with torch.no_grad():
+        output = model(heldout.ids, output_router_logits=True)
+    parts, whole = 0.0, 0
+    for layer, opened, experts in zip(masks, output.open_values, output.experts, strict=True):
+        values, pairs = opened.mean().item() * 16, 16 if layer.pairs is None else 2 * layer.pairs.sum().item()
+        parts += 64 * (6 * (values + pairs) + 3 * layer.experts.sum(-1)[experts].float().mean().item())
+        whole += 64 * (6 * 32 + 3 * 96)
+    assert steps["open_ratio"].iloc[-1] == pytest.approx(parts / whole, rel=1e-5)
+    union = torch.stack([layer.experts.any(0).float().mean() for layer in masks]).mean().item()
+    assert steps["open_union"].iloc[-1] == pytest.approx(union, rel=1e-6)
+    assert parts < 0.95 * whole
+    assert steps["open_ratio"].iloc[-1] != steps["active_ratio_mean"].iloc[-1]
 
 
 def test_measuring_changes_nothing(tmp_path):

@@ -12,6 +12,7 @@ def make_masks(layers: int = 3, experts: int = 4, neurons: int = 60, *, width: f
     for layer in range(layers):
         for expert in range(experts):
             opened = np.flatnonzero(rng.random(neurons) < width)
+            opened = opened if len(opened) else np.array([-1])
             parts.append(pd.DataFrame({"run": run, "layer": layer, "expert": expert, "neuron": opened, "neurons": neurons}))
     return pd.concat(parts, ignore_index=True)
 
@@ -20,8 +21,9 @@ def from_tables(*tables, run: str = "a") -> pd.DataFrame:
     """The frame of masks [E, H], one table a layer."""
     parts = []
     for layer, table in enumerate(tables):
-        expert, neuron = np.nonzero(np.asarray(table))
-        parts.append(pd.DataFrame({"run": run, "layer": layer, "expert": expert, "neuron": neuron, "neurons": np.shape(table)[1]}))
+        for expert, row in enumerate(np.asarray(table)):
+            opened = np.flatnonzero(row) if np.any(row) else np.array([-1])
+            parts.append(pd.DataFrame({"run": run, "layer": layer, "expert": expert, "neuron": opened, "neurons": len(row)}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -67,4 +69,6 @@ def make_steps(count: int = 20, *, run: str = "seed 0", shift: float = 0.0) -> p
     columns |= {"ratio_loss": 0.5, "union_loss": 0.01, "balance_loss": 0.25 + 0.3 / step}
     columns |= {"active_ratio_max": 1 - 0.01 * step + 0.005, "active_ratio_mean": 1 - 0.01 * step, "union_coverage": 1 - 0.0005 * step}
     heldout = np.where(step % 10 == 0, 0.02 * step + shift + 0.05, np.nan)
-    return pd.DataFrame({**columns, "heldout_kl": heldout, "lr": 1e-3, "seconds": step * 1.0})
+    measured = {"heldout_kl": heldout, "open_ratio": np.where(step % 10 == 0, 1 - 0.02 * step, np.nan)}
+    measured |= {"open_union": np.where(step % 10 == 0, 1 - 0.001 * step, np.nan)}
+    return pd.DataFrame({**columns, **measured, "lr": 1e-3, "seconds": step * 1.0})

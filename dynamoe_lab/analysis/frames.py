@@ -47,14 +47,14 @@ def one_run(frame: pd.DataFrame, function: str) -> None:
         raise InputError(f"{function}: the frame holds {len(runs)} runs ({list_names(runs)}); pass the rows of one of them")
 
 
-def whole_numbers(column: pd.Series, function: str) -> np.ndarray:
+def whole_numbers(column: pd.Series, function: str, *, least: int = 0) -> np.ndarray:
     """The column as int64, however it was stored (categorical, int8, float): arithmetic must not overflow."""
     try:
         values = np.asarray(column, dtype=np.float64)
-        if not (np.isfinite(values).all() and (values == np.rint(values)).all() and (values >= 0).all()):
+        if not (np.isfinite(values).all() and (values == np.rint(values)).all() and (values >= least).all()):
             raise ValueError
     except (TypeError, ValueError) as error:
-        raise InputError(f"{function}: column {column.name} must hold whole numbers from 0, without gaps in the data") from error
+        raise InputError(f"{function}: column {column.name} must hold whole numbers from {least}, without gaps in the data") from error
     return values.astype(np.int64)
 
 

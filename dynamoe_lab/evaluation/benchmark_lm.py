@@ -6,6 +6,7 @@ token share a forward, as in HFLM. The head, a fifth of SmolLM2-135M's work, run
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -176,9 +177,12 @@ class BenchmarkLM(HFLM):
         self._counts = counts if self._counts is None else self._counts + counts
 
     def active(self) -> tuple[float, float]:
-        """Parameters that an average token of all forwards so far activated, and the share of the MLPs' among the MLPs'."""
+        """Parameters that an average token of all forwards so far activated, and the share of the MLPs' among the MLPs'.
+
+        Of a mixture of experts that is none of ours (a stock Mixtral) the share is nan: the dense MLP that it came from is not known.
+        """
         if not isinstance(self.model, RoutedMixin):
-            return float(sum(parameter.numel() for parameter in self.model.parameters())), 1.0
+            return _stock_active(self.model)
         usage = None
         if self._counts is not None:
             layers, experts = self._counts.nonzero(as_tuple=True)
@@ -186,3 +190,19 @@ class BenchmarkLM(HFLM):
             usage = pd.DataFrame({"layer": layers.numpy(), "expert": experts.numpy(), "share": shares.numpy()})
         row = count_active_params(self.model, usage).set_index("layer").loc["all"]
         return float(row["active_params"]), float(row["active_mlp_fraction"])
+
+
+def _stock_active(model: PreTrainedModel) -> tuple[float, float]:
+    """Active parameters of a token and the MLPs' share of a model of transformers; nan where they cannot be known."""
+    total = float(sum(parameter.numel() for parameter in model.parameters()))
+    config = model.config
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not chosen or not experts:
+        return total, 1.0
+    # each expert's own modules, or stacked: the first dimension is the experts'
+    found = [parameter for name, parameter in model.named_parameters() if ".experts." in name]
+    stacked = [parameter.dim() == 3 and len(parameter) == experts for parameter in found]
+    known = found and (all(stacked) or not any(parameter.dim() == 3 for parameter in found))
+    held = sum(parameter.numel() for parameter in found)
+    return (total - held * (1 - chosen / experts) if known else math.nan), math.nan

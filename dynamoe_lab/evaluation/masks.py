@@ -45,7 +45,7 @@ def expert_masks(model: PreTrainedModel, run: str = "") -> pd.DataFrame:
 
     Returns:
         One row per open neuron of an expert: run, layer, expert, neuron (its index in the dense MLP), neurons (of the dense MLP). An
-        expert that has none has no row.
+        expert that has none has one row, with neuron -1: every layer and expert is in the frame.
 
     Raises:
         InputError: the model's experts are not masks, or their neurons' places in the dense model are not known.
@@ -57,8 +57,11 @@ def expert_masks(model: PreTrainedModel, run: str = "") -> pd.DataFrame:
         )
     parts = []
     for layer, masks in enumerate(model.layer_masks()):
-        expert, neuron = masks.experts.cpu().numpy().nonzero()
-        parts.append(pd.DataFrame({"layer": layer, "expert": expert, "neuron": neuron, "neurons": masks.experts.shape[1]}))
+        opened = masks.experts.cpu().numpy()
+        expert, neuron = opened.nonzero()
+        empty = np.flatnonzero(~opened.any(axis=1))
+        columns = {"expert": np.append(expert, empty), "neuron": np.append(neuron, np.full(len(empty), -1))}
+        parts.append(pd.DataFrame({"layer": layer, **columns, "neurons": opened.shape[1]}).sort_values("expert", kind="stable"))
     frame = pd.concat(parts, ignore_index=True)
     frame.insert(0, "run", run)
     return frame

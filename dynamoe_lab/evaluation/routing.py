@@ -94,7 +94,7 @@ def trace_routing(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size
                 frame["label"] = torch.stack(own["labels"]).flatten().cpu().numpy().astype(np.int8)
             if own["open_values"] is not None:
                 frame["open_values"] = torch.stack(own["open_values"]).flatten().float().cpu().numpy()
-            frame["expert"] = experts.flatten().cpu().numpy().astype(np.int8)
+            frame["expert"] = experts.flatten().cpu().numpy().astype(np.int16)
             frame["probability"] = probabilities.gather(2, experts[..., None]).flatten().cpu().numpy()
             parts.append(frame)
     routing = pd.concat(parts, ignore_index=True)

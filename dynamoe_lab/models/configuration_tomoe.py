@@ -5,6 +5,7 @@ A *masked* model (`tomoe_masked_<family>`) is the frozen dense model with the pa
 method's settings as the plain dict `moe`; a deployed model's has its shapes beside them.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -51,6 +52,12 @@ class ToMoEConfig:
     method: ClassVar[str] = "tomoe"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"tomoe.{field.name} = {value!r}: give a whole number")
+            if kind is float and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+                raise ValueError(f"tomoe.{field.name} = {value!r}: give a finite number")
         if self.num_experts < 1:
             raise ValueError(f"tomoe.num_experts = {self.num_experts}: give a whole number of at least 1 (the paper: 8)")
         if not 0 < self.p <= 1:

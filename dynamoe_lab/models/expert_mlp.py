@@ -132,7 +132,10 @@ class ExpertMLP(nn.Module):
             same = -1 if experts is None else experts
             each = experts if isinstance(experts, Tensor) else torch.full((len(x),), same, dtype=torch.long, device=x.device)
             self.trace = ExpertTrace(logits, each)
-        grouped = experts is not None and self._may_group() and self._pays(experts)
+        may_group = self._may_group()
+        if not may_group:
+            self._laid_out = None  # what learns, or is wrapped, may be written to in ways that no version counts
+        grouped = may_group and experts is not None and self._pays(experts)
         output = self._forward_grouped(x, experts) if grouped else self._forward_masked(x, experts)
         return output.view_as(hidden_states)
 
@@ -160,15 +163,21 @@ class ExpertMLP(nn.Module):
     # --- inference --------------------------------------------------------------------------------------------------------------
 
     def lay_out(self) -> None:
-        """Copy each expert's weights into pieces of their own, unless that is done and the weights have not changed.
+        """Copy each expert's weights into pieces of their own, anew if there are such copies.
 
-        The first inference forward does it, too. Changes in place and replaced tensors are seen; writing through `weight.data` is not.
+        The first inference forward does it, too, and the next one after changes in place, replaced tensors or modules, forwards with
+        gradients or through adapters. Writing to `weight.data` between two inference forwards is not seen: call `lay_out()` after it.
         """
+        self._laid_out = None  # free the old ones first
+        with torch.inference_mode(False), torch.no_grad():
+            pieces = tuple(self._copied(members.nonzero()[:, 0]) for members in self.membership)
+        self._laid_out = (self._state(), pieces)
+
+    def _copies(self) -> tuple[Pieces, ...]:
+        """The copies of all experts, of the weights as they are now."""
         if self._laid_out is None or self._laid_out[0] != self._state():
-            self._laid_out = None  # free the old ones first
-            with torch.inference_mode(False), torch.no_grad():
-                pieces = tuple(self._copied(members.nonzero()[:, 0]) for members in self.membership)
-            self._laid_out = (self._state(), pieces)
+            self.lay_out()
+        return self._laid_out[1]
 
     def _copied(self, neurons: Tensor) -> Pieces:
         """Gate and up in one matrix: fewer and wider products, which threads divide better."""
@@ -207,17 +216,16 @@ class ExpertMLP(nn.Module):
     def _pays(self, experts: Tensor | int) -> bool:
         """Whether the experts one by one take less time than the union at once: each has weights of its own to read, which the few tokens
         of a decoded batch do not repay."""
-        self.lay_out()
         if isinstance(experts, int) or len(experts) == 1 or len(experts) >= 64 * self.num_experts:
             return True
         counts = torch.bincount(experts, minlength=self.num_experts).tolist()
-        widths = (len(down) for _, _, down in self._laid_out[1])
+        widths = (len(down) for _, _, down in self._copies())
         apart = sum(width * (count + READING) for width, count in zip(widths, counts, strict=True) if count)
         return apart <= self.membership.shape[1] * (len(experts) + READING)
 
     def _forward_grouped(self, x: Tensor, experts: Tensor | int) -> Tensor:
         """Every token through the neurons of its expert, [N, D] -> [N, D]."""
-        pieces = self._laid_out[1]
+        pieces = self._copies()
         if isinstance(experts, int) or len(x) == 1:  # decoding: as little as possible around the products
             return self._run(x, pieces[int(experts)])
         rows, order, counts = self.sort_tokens(x, experts)
@@ -246,6 +254,12 @@ class ExpertMLP(nn.Module):
         return torch.mm(hidden, down, out=output) if bias is None else torch.addmm(bias, hidden, down, out=output)
 
     # --- when the copies go -----------------------------------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """As in torch; copies are dropped where a module, a parameter or a buffer is put, e.g. as adapters are wrapped and merged."""
+        super().__setattr__(name, value)
+        if isinstance(value, (nn.Module, Tensor)):
+            self.__dict__["_laid_out"] = None
 
     def _apply(self, fn, recurse: bool = True):
         """As in torch: another device or dtype; copies are dropped."""

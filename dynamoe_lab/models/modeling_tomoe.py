@@ -24,6 +24,7 @@ from .masked_attention import AttentionTrace, MaskedAttention
 from .masked_mlp import MaskedMLP, MLPTrace
 from .masking import Checkpointing, MaskedForward, Masking
 from .model_card import masked_card
+from .rotary_attention import attention_weights
 from .routed import RoutedMixin, Routing, token_mask
 from .straight_through import GumbelNoise
 from .tomoe_losses import LayerSizes, distillation_losses, next_token_loss, structure_losses
@@ -167,8 +168,8 @@ class ToMoEMixin(RoutedMixin):
         """The family's forward; `labels` adds the losses, `output_router_logits=True` what each layer did (see the output class).
 
         In training mode tokens are routed and masks sampled with noise, whatever `set_routing` says, and a forward with labels runs the
-        teacher, too; `output_kl=True` does that in eval mode, without noise. Shapes: `input_ids`, `labels` [B, T] with -100 where no
-        language-model loss counts; `attention_mask` [B, T] or [B, past + T], 0 for pads.
+        teacher, too; `output_kl=True` does that in eval mode, without noise, and tells active ratios and union coverage. Shapes:
+        `input_ids`, `labels` [B, T] with -100 where no language-model loss counts; `attention_mask` [B, T] or [B, past + T], 0 for pads.
 
         Raises:
             ValueError: losses with the logits of some tokens only (`logits_to_keep`), or a KL where tokens are cached.
@@ -182,9 +183,10 @@ class ToMoEMixin(RoutedMixin):
             raise ValueError("ToMoE: losses need the logits of all tokens; leave out logits_to_keep")
         learning = self.training and labels is not None
         teacher = self._teacher_logits(inputs) if learning or output_kl else None
-        output, mlps, attentions = self._student(inputs, collect=labels is not None or bool(output_router_logits))
+        told = labels is not None or bool(output_router_logits)
+        output, mlps, attentions = self._student(inputs, collect=told or output_kl)
         result = ToMoECausalLMOutput(**output)
-        if mlps is not None:
+        if told:
             result.router_logits = tuple(trace.router_logits for trace in mlps)
             result.experts = tuple(trace.experts for trace in mlps)
             result.open_values = self._open_values(mlps, attentions)
@@ -193,6 +195,11 @@ class ToMoEMixin(RoutedMixin):
             result.kl_loss, normalisers = self._distillation(result.logits, teacher, attention_mask)
         if labels is not None:
             result.loss = result.lm_loss = self._lm_loss(result.logits, labels, attention_mask, normalisers if learning else None)
+        if output_kl and not self.training and mlps[0].masks is not None:
+            with torch.no_grad():
+                found = self._structure_losses(mlps, attentions, attention_mask, result.logits.device)
+            for name in ("active_ratio_max", "active_ratio_mean", "union_coverage"):
+                setattr(result, name, found[name])
         if learning:
             for name, value in self._structure_losses(mlps, attentions, attention_mask, result.logits.device).items():
                 setattr(result, name, value)
@@ -207,8 +214,10 @@ class ToMoEMixin(RoutedMixin):
         forward = MaskedForward(None if whole else self.hypernetwork(), self.noise if self.training else None)
         if collect:
             forward.mlps, forward.attentions = {}, {}
-        with self.masking.during(forward):
+        with self.masking.during(forward), attention_weights(self.masked_attentions()) as weights:
             output = super().forward(**inputs)
+        if weights and output.get("attentions") is not None:
+            output["attentions"] = tuple(weights)
         mlps, attentions = ([each[layer] for layer in sorted(each)] if each else None for each in (forward.mlps, forward.attentions))
         forward.mlps = forward.attentions = None  # checkpoints keep the forward, which must not keep their graph
         return output, mlps, attentions
@@ -279,7 +288,6 @@ class ToMoEMixin(RoutedMixin):
             None if attentions is None else [trace.value_widths.to(device) for trace in attentions],
             None if attentions is None else [trace.pair_widths.to(device) for trace in attentions],
             p=self.moe.p,
-            modules=len(self.hypernetwork.z),
             counted=None if counted is None else counted.to(device),
         )
         if self._gradient_is_lost(losses["balance_loss"]):

@@ -19,6 +19,7 @@ from .converted_class import converted_class
 from .expert_mlp import ExpertMLP
 from .families import FAMILIES, decoder_layers, dense_type_of
 from .pruned_attention import PrunedAttention
+from .rotary_attention import attention_weights
 from .routed import RoutedMixin, Routing, token_mask
 from .tomoe_card import deployed_card
 from .tomoe_output import ToMoECausalLMOutput
@@ -126,13 +127,16 @@ class ToMoEDeployedMixin(RoutedMixin):
         mlps, attentions = self.routed_mlps(), self.pruned_attentions()
         self.routing.collect = collect
         try:
-            output = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, return_dict=True, **kwargs)
+            with attention_weights(attentions) as weights:
+                output = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, return_dict=True, **kwargs)
             traces, opened = ([mlp.trace for mlp in mlps], [each.trace for each in attentions]) if collect else ([], [])
         finally:
             self.routing.collect = False
             for module in (*mlps, *attentions):
                 module.trace = None
         result = ToMoECausalLMOutput(**output)
+        if weights and result.attentions is not None:
+            result.attentions = tuple(weights)
         result.lm_loss = result.loss
         if collect:
             result.router_logits = tuple(trace.router_logits for trace in traces)

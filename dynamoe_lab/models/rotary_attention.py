@@ -4,11 +4,15 @@ The projections are the family's own, under its names; so is the scale, that of 
 queries, keys, values and the output projection's input become.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.mistral.modeling_mistral import MistralAttention
 
-__all__ = ["RotaryAttention"]
+__all__ = ["RotaryAttention", "attention_weights"]
 
 
 class RotaryAttention(nn.Module):
@@ -21,7 +25,9 @@ class RotaryAttention(nn.Module):
         self.config, self.layer_idx, self.head_dim = dense.config, dense.layer_idx, dense.head_dim
         self.num_key_value_groups, self.scaling = dense.num_key_value_groups, dense.head_dim**-0.5
         self.attention_dropout, self.is_causal = dense.attention_dropout, dense.is_causal
-        self.sliding_window = getattr(dense, "sliding_window", None)
+        # Mistral's reads its config with every forward, Qwen2's has its own, None in layers that see everything; Llama's knows no window.
+        own = dense.config if isinstance(dense, MistralAttention) else dense
+        self.sliding_window = getattr(own, "sliding_window", None)
 
     def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, D] -> queries [B, T, heads, d] and keys [B, T, kv heads, d], before rotation; d is even, and dimensions i and
@@ -73,3 +79,21 @@ class RotaryAttention(nn.Module):
             **kwargs,
         )
         return self.output(attended), weights
+
+
+@contextmanager
+def attention_weights(attentions: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """The attention weights [B, heads, T, S] of forwards in this context, in the order in which layers run.
+
+    Transformers looks for them at the family's own attention class, which is not there any more. None where the implementation gives none.
+    """
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor | None]) -> None:
+        if output[1] is not None:
+            found.append(output[1])
+
+    with ExitStack() as hooks:
+        for attention in attentions:
+            hooks.callback(attention.register_forward_hook(keep).remove)
+        yield found

@@ -26,6 +26,7 @@ trained themselves; what no expert uses is gone.
 | queries and keys | {pairs} |
 | values and output projection | {values} |
 | memory | the first forward copies every expert's weights into one piece each, besides the ones below; `model.train()` drops the copies |
+| changed weights | are seen, but after writing to `weight.data` call `model.lay_out()` |
 | masks trained | {trained} |
 
 ```python

@@ -76,10 +76,13 @@ def distillation_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tenso
 
 
 def next_token_loss(logits: Tensor, normalisers: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats, a mean over counted tokens: logits [B, T, V], their logsumexp [B * T], shifted labels [B, T] (-100: none)."""
+    """Cross-entropy in nats, a mean over counted tokens, 0 if there is none.
+
+    logits [B, T, V], their logsumexp [B * T], shifted labels [B, T] (-100: none).
+    """
     counted = labels != -100
     chosen = logits.detach().gather(-1, labels.where(counted, 0)[..., None])[..., 0].float()
-    return ((normalisers.view_as(chosen) - chosen) * counted).sum() / counted.sum()
+    return ((normalisers.view_as(chosen) - chosen) * counted).sum() / counted.sum().clamp_min(1)
 
 
 # --- structure ----------------------------------------------------------------------------------------------------------------------
@@ -140,7 +143,6 @@ def structure_losses(
     pair_widths: list[Tensor] | None,
     *,
     p: float,
-    modules: int,
     counted: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """R_P, R_U and R_L of one forward with what they are made of, by their names in the model's output.
@@ -152,9 +154,13 @@ def structure_losses(
         value_widths: per layer the open dimensions of a head's values, [N]; None: attention is whole.
         pair_widths: the same of queries and keys, or [] per layer where all tokens share them.
         p: target ratio of active weights.
-        modules: M, by which R_U divides: attention counts as a module that contributes 0.
-        counted: [N] bool, tokens that are no pads; None: all.
+        counted: [N] bool, tokens that are no pads; None: all. If there is none, losses are 0.
+
+    R_U is divided by M = 2 L, whatever is pruned: attention counts as a module that contributes 0, so that its weight is the same.
     """
+    empty = counted is not None and not bool(counted.any())
+    if empty:
+        counted = None
     neurons = masks.sum(dim=-1)  # [L, E]
     whole = (neurons.new_full((len(masks),), float(sizes.head_dim)),) * 2
     values = whole if value_widths is None else largest_and_mean(value_widths, counted)
@@ -163,11 +169,12 @@ def structure_losses(
     with torch.no_grad():
         usage = torch.stack([(choice if counted is None else choice[counted]).mean(dim=0) for choice in choices])  # [L, E]
         mean_ratio = active_ratio(sizes, values[1], pairs[1], (neurons * usage).sum(dim=-1))
-    return {
+    found = {
         "ratio_loss": log_gap(ratio, p),
-        "union_loss": log_gap(coverage, 1.0).sum() / modules,
+        "union_loss": log_gap(coverage, 1.0).sum() / (2 * len(masks)),
         "balance_loss": torch.stack([balance_loss(choice, counted) for choice in choices]).mean(),
         "active_ratio_max": ratio.detach(),
         "active_ratio_mean": mean_ratio,
         "union_coverage": coverage.detach().mean(),
     }
+    return {name: value * 0 if empty and name.endswith("_loss") else value for name, value in found.items()}

@@ -19,7 +19,7 @@ class ToMoECausalLMOutput(MoeCausalLMOutputWithPast):
     there `loss` is the method's weighted sum of `kl_loss` (mean KL(teacher || student) per token, nats), `ratio_loss` (R_P), `union_loss`
     (R_U) and `balance_loss` (R_L), and `lm_loss` has no gradient. Beside them stand `active_ratio_max` and `active_ratio_mean` (share of
     attention and MLP weights that are active, by the largest and by the mean widths) and `union_coverage` (share of neurons that some
-    expert has, a mean over layers).
+    expert has, a mean over layers); in eval mode `output_kl=True` gives these three, without noise, and `kl_loss`.
     """
 
     lm_loss: Tensor | None = None

@@ -37,7 +37,7 @@ class DynaMoETrainer(MethodTrainer):
 
     config_class = TrainConfig
     metrics = ("lm_loss", "router_loss", "router_accuracy", "active_mlp_fraction")
-    heldout_metric = "heldout_loss"
+    heldout_metrics = ("heldout_loss",)
     shown: ClassVar = {"lm_loss": "LM loss", "router_loss": "router loss", "router_accuracy": "accuracy", "active_mlp_fraction": "active"}
     rates = ("mlp_lr", "router_lr")
 
@@ -68,6 +68,6 @@ class DynaMoETrainer(MethodTrainer):
             **routing_metrics(model, outputs, inputs.get("attention_mask")),
         }
 
-    def heldout_value(self, model, ids):
+    def heldout_values(self, model, ids):
         model.set_routing(model.moe.train_route)  # a static control goes the way it learns
-        return model(input_ids=ids, labels=ids, use_cache=False).lm_loss
+        return {"heldout_loss": model(input_ids=ids, labels=ids, use_cache=False).lm_loss}

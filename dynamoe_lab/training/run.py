@@ -59,8 +59,9 @@ def train(
     Returns:
         Table `steps`, cumulative in tokens and seconds (of training alone). DynaMoE: run, step, tokens, loss, lm_loss, router_loss,
         router_accuracy, active_mlp_fraction, lr, seconds; with held-out text heldout_loss before lr. ToMoE: run, step, tokens, loss,
-        lm_loss, kl_loss, ratio_loss, union_loss, balance_loss, active_ratio_max, active_ratio_mean, union_coverage, heldout_kl, lr,
-        seconds. Held-out columns are NaN where nothing was measured. No row if `config.steps` is 0, which leaves the weights as they are.
+        lm_loss, kl_loss, ratio_loss, union_loss, balance_loss, active_ratio_max, active_ratio_mean, union_coverage, and without noise, of
+        held-out text, heldout_kl, open_ratio (as active_ratio_mean), open_union (as union_coverage), then lr, seconds. Held-out columns
+        are NaN where nothing was measured. No row if `config.steps` is 0, which leaves the weights as they are.
 
     Raises:
         InputError: not a model that can be trained, another method's config, no blocks, `eval_steps` without held-out text, or

@@ -9,7 +9,9 @@ __all__ = ["ToMoETrainer"]
 
 
 class ToMoETrainer(MethodTrainer):
-    """One parameter group; the four losses, the active ratios and the union coverage of every step.
+    """One parameter group; the four losses, the active ratios and the union coverage of every step, under the noise of training.
+
+    Of held-out text, without noise: the KL, and as `open_ratio` and `open_union` the mean active ratio and the union coverage.
 
     The noise of the masks comes from the global generator, which `tomoe.seed` seeds and a resumed run takes up where it was; the order of
     the blocks is `tomoe_train.seed`'s.
@@ -26,7 +28,7 @@ class ToMoETrainer(MethodTrainer):
         "active_ratio_mean",
         "union_coverage",
     )
-    heldout_metric, heldout_always = "heldout_kl", True
+    heldout_metrics, heldout_always = ("heldout_kl", "open_ratio", "open_union"), True
     shown: ClassVar = {"kl_loss": "KL", "active_ratio_mean": "active", "active_ratio_max": "at most", "union_coverage": "union"}
     rates = ("lr",)
 
@@ -44,6 +46,7 @@ class ToMoETrainer(MethodTrainer):
     def batch_metrics(self, inputs, outputs):
         return {name: getattr(outputs, name) for name in self.metrics}
 
-    def heldout_value(self, model, ids):
+    def heldout_values(self, model, ids):
         model.set_routing("router")
-        return model(input_ids=ids, output_kl=True, use_cache=False).kl_loss
+        output = model(input_ids=ids, output_kl=True, use_cache=False)
+        return {"heldout_kl": output.kl_loss, "open_ratio": output.active_ratio_mean, "open_union": output.union_coverage}

@@ -97,8 +97,8 @@ class MethodTrainer(Trainer):
 
     config_class: ClassVar[type[TrainSettings]]
     metrics: ClassVar[tuple[str, ...]] = ("lm_loss",)  # of a step, in the order of the steps frame
-    heldout_metric: ClassVar[str] = "heldout_loss"  # its column of the steps frame
-    heldout_always: ClassVar[bool] = False  # whether that column is there, too, where nothing was measured
+    heldout_metrics: ClassVar[tuple[str, ...]] = ("heldout_loss",)  # their columns of the steps frame
+    heldout_always: ClassVar[bool] = False  # whether those columns are there, too, where nothing was measured
     shown: ClassVar[dict[str, str]] = {"lm_loss": "LM loss"}  # metric -> its name in a progress line
     rates: ClassVar[tuple[str, ...]]  # the learning rates among the settings, the first parameter group's first
 
@@ -136,7 +136,7 @@ class MethodTrainer(Trainer):
     @classmethod
     def step_columns(cls, *, heldout: bool) -> list[str]:
         """Columns of the steps frame, `run` aside; `heldout`: whether held-out text is measured."""
-        measured = (cls.heldout_metric,) if heldout or cls.heldout_always else ()
+        measured = cls.heldout_metrics if heldout or cls.heldout_always else ()
         return ["step", "tokens", "loss", *cls.metrics, *measured, "lr", "seconds"]
 
     @staticmethod
@@ -161,24 +161,24 @@ class MethodTrainer(Trainer):
         """Scalars of one batch, which the steps frame shows as means over the step."""
         raise NotImplementedError
 
-    def heldout_value(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-        """The method's measure of held-out ids [B, T], a mean per token; the model is in eval mode, its routing may be set."""
+    def heldout_values(self, model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The method's measures of held-out ids [B, T], means per token; the model is in eval mode, its routing may be set."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def measure_heldout(self, blocks: Blocks) -> torch.Tensor:
-        """`heldout_value` of all blocks, a batch of training at a time; the model is left as it was found. Nothing random is drawn."""
+    def measure_heldout(self, blocks: Blocks) -> dict[str, torch.Tensor]:
+        """`heldout_values` of all blocks, a batch of training at a time; the model is left as it was found. Nothing random is drawn."""
         model = self.accelerator.unwrap_model(self.model)
         was_training, routing = model.training, dataclasses.replace(model.routing)
         model.eval()
         try:
             parts = blocks.ids.to(self.args.device).split(self.args.per_device_train_batch_size)
-            values = [self.heldout_value(model, ids).double() * len(ids) for ids in parts]
+            values = [{name: value.double() * len(ids) for name, value in self.heldout_values(model, ids).items()} for ids in parts]
         finally:
             for item in dataclasses.fields(routing):  # in place: all layers hold this object
                 setattr(model.routing, item.name, getattr(routing, item.name))
             model.train(was_training)
-        return torch.stack(values).sum() / len(blocks)
+        return {name: torch.stack([part[name] for part in values]).sum() / len(blocks) for name in self.heldout_metrics}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer over the method's parameter groups, each with a learning rate of its own."""
@@ -252,7 +252,8 @@ class _HeldOut(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         every = self.trainer.lab_config.eval_steps
         if state.global_step == state.max_steps or (every and state.global_step % every == 0):
-            self.trainer._metrics[self.trainer.heldout_metric] = [self.trainer.measure_heldout(self.blocks)]
+            for name, value in self.trainer.measure_heldout(self.blocks).items():
+                self.trainer._metrics[name] = [value]
 
 
 class _Guard(TrainerCallback):

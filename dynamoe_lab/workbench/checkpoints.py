@@ -103,7 +103,7 @@ def export_to_folder(checkpoint: str, output: Path, *, form: str = "tomoe", say:
     Args:
         checkpoint: a masked ToMoE model, trained or not: a folder or a Hub id.
         output: a folder that does not exist yet, or is empty.
-        form: "tomoe", or "mixtral": stock transformers classes, which need experts of equal width and whole attention.
+        form: "tomoe", or "mixtral": stock transformers classes, which need whole attention, and pad narrower experts with zeros.
 
     Raises:
         InputError: `output` holds something, no masked ToMoE model, or one that the form cannot hold.
@@ -196,4 +196,8 @@ def _reached(last: Any) -> str:
     if "router_accuracy" in last:
         return f"LM loss {last['lm_loss']:.3f}, router accuracy {last['router_accuracy']:.1%}"
     ratios = f"active ratio {last['active_ratio_mean']:.1%} (by the largest widths {last['active_ratio_max']:.1%})"
-    return f"KL {last['kl_loss']:.3f} nats, {ratios}, union coverage {last['union_coverage']:.1%}"
+    reached = f"under training noise KL {last['kl_loss']:.3f} nats, {ratios}, union coverage {last['union_coverage']:.1%}"
+    if last["open_ratio"] == last["open_ratio"]:  # measured: no nan
+        held = f"KL {last['heldout_kl']:.3f} nats, active ratio {last['open_ratio']:.1%}, union coverage {last['open_union']:.1%}"
+        reached = f"on held-out text without noise {held}; {reached}"
+    return reached

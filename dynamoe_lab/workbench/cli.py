@@ -189,7 +189,8 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="A masked ToMoE checkpoint: a folder of convert or train.")],
     output: Annotated[Path, typer.Option(help="A folder that is new or empty.")],
     form: Annotated[
-        str, typer.Option(help="tomoe, or mixtral: stock transformers classes, for experts of equal width and whole attention.")
+        str,
+        typer.Option(help="tomoe, or mixtral: stock transformers classes, for whole attention; narrower experts are padded with zeros."),
     ] = "tomoe",
 ) -> None:
     """Export a ToMoE model to its deployed form: experts on their own neurons, queries and keys sliced."""

@@ -10,17 +10,19 @@ from dynamoe_lab.analysis.metrics.specialisation import FACTORS, above_control
 __all__ = ["mask_stability_finding", "pruned_params_finding", "specialisation_finding", "tomoe_training_finding", "union_finding"]
 
 _PAPER_TOKENS = 20_480_000  # 10,000 steps of 2,048 tokens
+_NAMED = {"domain": "domain of the text", "token class": "class of the token"}
 _SAME = {"mlp": "experts' neurons", "attention": "kept pairs of queries and keys"}
 
 
 def tomoe_training_finding(steps: pd.DataFrame, *, p: float, experts: int) -> str:
     """How far did training come: active ratio against its target, divergence from the dense model, coverage, balance?
 
-    Divergence rises while the model closes and falls once it has; the last two measurements on held-out text say which.
+    Divergence rises while the model closes and falls once it has; the last two measurements on held-out text say which. What is active
+    and covered is told without noise where that was measured; the noise of training closes and opens what the model does not.
 
     Args:
         steps: run, step, tokens, active_ratio_mean, active_ratio_max, union_coverage, balance_loss, heldout_kl of one run (the frame
-            `steps` of ToMoE).
+            `steps` of ToMoE), and open_ratio and open_union where they were measured.
         p: target of the active ratio.
         experts: number of experts E.
     """
@@ -37,16 +39,26 @@ def tomoe_training_finding(steps: pd.DataFrame, *, p: float, experts: int) -> st
             change = round(held.iloc[-1], 3) - round(held.iloc[-2], 3)
             trend = f", {'rising' if change > 0 else 'falling'} (before: {held.iloc[-2]:.3f})" if change else ", unchanged"
         divergence = f"without noise the KL from the dense model on held-out text is {held.iloc[-1]:.3f} nats per token{trend}"
+    noise = f"by the widest expert and token {percent(last['active_ratio_max'], 1)}"
+    if "open_ratio" in steps and steps["open_ratio"].notna().any():
+        ratio, union = (steps[name].dropna().iloc[-1] for name in ("open_ratio", "open_union"))
+        told = (
+            f"{percent(ratio, 1)} of the weights of attention and MLPs are active on average on held-out text, without noise (under "
+            f"training noise {percent(last['active_ratio_mean'], 1)}, {noise}; target {percent(p)}), and {percent(union, 1)} of the "
+            f"neurons are in some expert (under training noise {percent(last['union_coverage'], 1)})"
+        )
+    else:
+        told = (
+            f"{percent(last['active_ratio_mean'], 1)} of the weights of attention and MLPs are active on average under training noise "
+            f"({noise}; target {percent(p)}), and under that noise {percent(last['union_coverage'], 1)} of the neurons are in some expert"
+        )
     scale = (
         f"; the paper's runs saw {_PAPER_TOKENS / last['tokens']:,.0f} times as many tokens" if last["tokens"] < 0.1 * _PAPER_TOKENS else ""
     )
     short = "A short training: after" if scale else "After"
     window = steps["balance_loss"].tail(max(1, min(10, len(steps) // 2)))
     return (
-        f"{short} {len(steps)} steps ({tokens_text(last['tokens'])}) {percent(last['active_ratio_mean'], 1)} of the weights of attention "
-        f"and MLPs are active on average under the noise of training (by the widest expert and token "
-        f"{percent(last['active_ratio_max'], 1)}; target {percent(p)}), and {percent(last['union_coverage'], 1)} of the neurons are "
-        f"in some expert; {divergence}; balance is {window.mean():.3f} (used alike: "
+        f"{short} {len(steps)} steps ({tokens_text(last['tokens'])}) {told}; {divergence}; balance is {window.mean():.3f} (used alike: "
         f"{1 / experts:.3f}, one expert alone: 1; mean of {len(window)} steps){scale}."
     )
 
@@ -133,7 +145,7 @@ def specialisation_finding(specialisation: pd.DataFrame, *, before: pd.DataFrame
         else:
             told = f"is not distinguishable from shuffled labels (p {_p_text(row['p'])})"
         texts.append(
-            f"with the token's {factor} ({int(row['levels'])} of them) it {told}: mean Cramér's V over layers {row['association']:.2f}"
+            f"with the {_NAMED[factor]} ({int(row['levels'])} of them) it {told}: mean Cramér's V over layers {row['association']:.2f}"
             f"{spread}, {band} when labels are shuffled among {int(row['clusters']):,} {FACTORS[factor]}s; "
             f"{above} of {len(layers)} layers are above their band, where chance alone would put about "
             f"{tail * len(layers):.1f}{_before_text(before, factor)}"

@@ -21,8 +21,9 @@ def mask_union(masks: pd.DataFrame, *, experts: int) -> pd.DataFrame:
     """How many experts each neuron is in; the share in at least one is the union coverage of ToMoE (arXiv 2501.15316).
 
     Args:
-        masks: run, layer, expert, neuron, neurons: a row per open neuron of an expert, one run (the frame of `lab.expert_masks`).
-        experts: number of experts E; one without an open neuron has no row.
+        masks: run, layer, expert, neuron, neurons: a row per open neuron of an expert, one run (the frame of `lab.expert_masks`, where
+            an expert without any has one row, with neuron -1).
+        experts: number of experts E.
 
     Returns:
         run, layer (also "all": the mean over neurons of all layers), count (0 to E), share (of the layer's neurons that are in so many
@@ -90,7 +91,7 @@ def mask_jaccard(
 
     Args:
         masks_a, masks_b: one run each: frames of `lab.expert_masks`, or both of `lab.attention_masks` (one mask a layer, nothing to match).
-        experts: number of experts E; None: the highest expert that has an open neuron in either.
+        experts: number of experts E; None: the highest expert in either frame.
         draws: random renumberings of each layer.
         confidence: of the band of chance.
         seed: of the renumberings.
@@ -132,8 +133,9 @@ def mask_jaccard(
 
 
 def _expert_tables(masks: pd.DataFrame, experts: int, function: str) -> list[np.ndarray]:
-    """Per layer [E, H] bool; a layer (or expert) without rows has nothing open."""
-    layer, expert, neuron, neurons = (whole_numbers(masks[name], function) for name in _MASKS[1:])
+    """Per layer [E, H] bool; an expert whose only row has neuron -1, or that has none, has nothing open."""
+    layer, expert, neurons = (whole_numbers(masks[name], function) for name in ("layer", "expert", "neurons"))
+    neuron = whole_numbers(masks["neuron"], function, least=-1)
     if expert.max() >= experts:
         raise InputError(f"{function}: the frame has expert {expert.max()}, counted from 0, but experts = {experts}")
     if (neuron >= neurons).any():
@@ -144,7 +146,7 @@ def _expert_tables(masks: pd.DataFrame, experts: int, function: str) -> list[np.
     sizes[layer] = neurons
     tables = [np.zeros((experts, size), dtype=bool) for size in sizes]
     for number, table in enumerate(tables):
-        rows = layer == number
+        rows = (layer == number) & (neuron >= 0)
         table[expert[rows], neuron[rows]] = True
     return tables
 

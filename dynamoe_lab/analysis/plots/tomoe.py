@@ -28,36 +28,37 @@ def plot_tomoe_training(
 
     Args:
         steps: run, step, tokens, kl_loss (nats per token, unscaled), balance_loss, active_ratio_max, active_ratio_mean, union_coverage,
-            heldout_kl (nan where it was not measured): the frame `steps` of ToMoE, one or several runs.
+            heldout_kl (nan where it was not measured): the frame `steps` of ToMoE, one or several runs; with open_ratio and open_union,
+            what is active and covered without noise, where that was measured.
         p: target of the active ratio.
         experts: number of experts E: 1 / E is the balance of experts that are used alike.
         window: steps of the moving mean of KL and balance, drawn over the faint raw values; the others are told step by step.
         figure: where to draw; None: a new figure.
     """
     require(steps, _STEPS, "plot_tomoe_training")
-    figure = canvas(10.8, figure)
+    figure = canvas(11.6, figure)
     axes = figure.subplots(2, 2, sharex=True)
     smooth = smooth_steps(steps, window)
     runs = list(dict.fromkeys(steps["run"]))
+    noisy, clean = "training batches, with noise", "held-out, without noise"
     for number, run in enumerate(runs):
         color = _RUNS[number % len(_RUNS)]
         raw, mean = (frame[frame["run"] == run].sort_values("step") for frame in (steps, smooth))
-
         for ax, name in ((axes[0, 0], "kl_loss"), (axes[1, 1], "balance_loss")):  # what changes from batch to batch
             ax.plot(raw["tokens"], raw[name], color=color, alpha=0.25, linewidth=0.7, rasterized=len(raw) > 2000)
-        names = (
-            ("training batches, with noise", "held-out, without", "widest expert, widest token", "mean over tokens")
-            if number == 0
-            else (None,) * 4
-        )
-        held = raw.dropna(subset=["heldout_kl"])
-        axes[0, 0].plot(mean["tokens"], mean["kl_loss"], color=color, label=names[0])
-        axes[0, 0].plot(held["tokens"], held["heldout_kl"], "o--", color=color, markersize=3.2, markerfacecolor="white", label=names[1])
-        axes[0, 1].plot(raw["tokens"], raw["active_ratio_max"], color=color, linestyle=(0, (4, 1.5)), label=names[2])
-        axes[0, 1].plot(raw["tokens"], raw["active_ratio_mean"], color=color, label=names[3])
-        axes[1, 0].plot(raw["tokens"], raw["union_coverage"], color=color)
+        first = number == 0
+        axes[0, 0].plot(mean["tokens"], mean["kl_loss"], color=color, label=noisy if first else None)
+        largest = {"linestyle": (0, (4, 1.5)), "label": "widest expert and token, with noise" if first else None}
+        axes[0, 1].plot(raw["tokens"], raw["active_ratio_max"], color=color, **largest)
+        axes[0, 1].plot(raw["tokens"], raw["active_ratio_mean"], color=color, label="mean over tokens, with noise" if first else None)
+        axes[1, 0].plot(raw["tokens"], raw["union_coverage"], color=color, label=noisy if first else None)
+        for ax, name in ((axes[0, 0], "heldout_kl"), (axes[0, 1], "open_ratio"), (axes[1, 0], "open_union")):
+            if name in raw and raw[name].notna().any():
+                held = raw.dropna(subset=[name])
+                look = {"color": color, "markersize": 3.2, "markerfacecolor": "white", "label": clean if first else None}
+                ax.plot(held["tokens"], held[name], "o--", **look)
         axes[1, 1].plot(mean["tokens"], mean["balance_loss"], color=color, label=str(run))
-    labels = ("KL to dense (nats per token)", "active ratio of weights (%)", "union coverage (% of neurons)", "balance Σ f·P of experts")
+    labels = ("KL to dense (nats/token)", "active ratio of weights (%)", "union (% of neurons)", "balance Σ f·P of experts")
     for ax, label in zip(axes.flat, labels, strict=True):
         ax.set_ylabel(label)
         ax.grid(axis="y")
@@ -69,13 +70,11 @@ def plot_tomoe_training(
     )
     for ax in (axes[0, 1], axes[1, 0]):
         percent_axis(ax.yaxis)
-    axes[0, 0].legend(loc="upper left", handlelength=2.2)
-    axes[0, 1].legend(loc="center left", bbox_to_anchor=(0, 0.5), handlelength=2.2)
-    if len(runs) > 1:
-        axes[1, 1].legend(title="run", title_fontsize=7, loc="center left")
-    if window > 1:
-        key = {"xycoords": "axes fraction", "ha": "right", "va": "top", "fontsize": 6.5, "color": "#666666"}
-        axes[1, 1].annotate(f"faint: each step; line: mean of the last {window}", (0.99, 0.84), **key)
+    for ax in axes.flat:  # above the axes, where no curve is
+        title = f"with noise; faint: each step, line: mean of the last {window}" if window > 1 and ax is axes[1, 1] else None
+        names = {"ncols": min(len(runs), 3), "title": title, "title_fontsize": 6.5, "alignment": "left"} if ax is axes[1, 1] else {}
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
+        ax.legend(**place, handlelength=2.2, fontsize=6.5, **names)
     for ax in axes[1]:
         ax.set_xlabel("training tokens")
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
@@ -230,9 +229,13 @@ def _training_message(steps: pd.DataFrame, smooth: pd.DataFrame, p: float) -> st
     held = steps.dropna(subset=["heldout_kl"]).sort_values("step").groupby("run", sort=False, observed=True)["heldout_kl"].last()
     divergence = f"a held-out KL of {_span(held, '{:.3g}'.format)}" if len(held) else f"a KL of {_span(means['kl_loss'], '{:.3g}'.format)}"
     tokens = steps["tokens"].max()
+    ratio, noise = ends["active_ratio_mean"], "under training noise"
+    if "open_ratio" in steps and steps["open_ratio"].notna().any():
+        measured = steps.dropna(subset=["open_ratio"]).sort_values("step")
+        ratio, noise = measured.groupby("run", sort=False, observed=True)["open_ratio"].last(), "without noise"
     return (
-        f"{'Short training: after' if tokens < _SHORT else 'After'} {compact(tokens)} tokens the mean active ratio is "
-        f"{_span(ends['active_ratio_mean'], percent)} (target {percent(p)}) at {divergence} nats per token"
+        f"{'Short training: after' if tokens < _SHORT else 'After'} {compact(tokens)} tokens the mean active ratio {noise} is "
+        f"{_span(ratio, percent)} (target {percent(p)}) at {divergence} nats per token"
     )
 
 
