@@ -48,9 +48,10 @@ def model_cost(
         an expert (ToMoE), is read if any of these tokens uses it, each using it with the layer's share. Routing "label" computes the full
         MLP (with frozen labels two) and the router; "random" counts the router that it is the control for as active, but does not run it.
 
-        Of ToMoE, attention holds what masks it token by token; masked values and outputs are computed all the same. Scores are counted
-        at the kept pairs' width, to which fused kernels add zeros again. A masked model computes every MLP and router whole, whatever the
-        expert; what makes its masks, once for all tokens, is held under router, and free.
+        Of ToMoE, experts are counted one by one, though a few tokens of several experts run what is left of the MLP at once where that
+        takes less time; attention holds what masks it token by token; masked values and outputs are computed all the same. Scores are
+        counted at the kept pairs' width, to which fused kernels add zeros again. A masked model computes every MLP and router whole,
+        whatever the expert; what makes its masks, once for all tokens, is held under router, and free.
 
     Raises:
         InputError: an unsupported model, a routing of another model, missing, or given for a dense one; an unknown phase; no tokens.
