@@ -12,7 +12,7 @@ help:
 	@echo "make report     environment + the quick profile on SmolLM2-135M -> reports/quick/index.html"
 	@echo "make test       environment + the tests (minutes, two cores)"
 	@echo "make test-real  the tests that need the real model, and long ones: killed processes, reference scores"
-	@echo "make bench      speed as ratios measured side by side -> benchmarks/results.json (a quarter of an hour, nothing else running)"
+	@echo "make bench      speed as ratios measured side by side -> benchmarks/results.json (12 minutes, and some for ToMoE; nothing else running)"
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make lint       ruff: format and rules"
 	@echo "make env        the environment alone (.venv)"
