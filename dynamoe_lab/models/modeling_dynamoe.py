@@ -167,12 +167,6 @@ class DynaMoEMixin(RoutedMixin):
             result.loss = self.moe.lambda_lm * result.lm_loss + self.moe.lambda_router * result.router_loss
         return result
 
-    def _gradient_is_lost(self, router_loss: Tensor) -> bool:
-        """Whether routers learn, but not in this forward: reentrant checkpoints run layers without gradient, and so make the traces."""
-        if not (self.training and torch.is_grad_enabled()) or router_loss.requires_grad:
-            return False
-        return any(parameter.requires_grad for mlp in self.nested_mlps() for parameter in mlp.router.parameters())
-
     def _router_loss(self, logits: tuple[Tensor, ...], labels: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
         """Cross-entropy of the routers against the labels, mean over layers and over tokens that are no pads (the paper's L_router)."""
         counted = token_mask(attention_mask, len(labels[0]))

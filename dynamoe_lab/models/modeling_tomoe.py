@@ -18,15 +18,16 @@ from transformers import PreTrainedModel
 from .causal_lm_loss import causal_lm_loss
 from .configuration_tomoe import MASKED_CONFIGS, ToMoEConfig
 from .converted_class import converted_class
-from .families import FAMILIES, decoder_layers, dense_type_of
+from .families import FAMILIES, decoder_layers
 from .hypernetwork import Hypernetwork
 from .masked_attention import AttentionTrace, MaskedAttention
 from .masked_mlp import MaskedMLP, MLPTrace
 from .masking import Checkpointing, MaskedForward, Masking
 from .model_card import masked_card
 from .rotary_attention import attention_weights
-from .routed import RoutedMixin, Routing, token_mask
+from .routed import Routing, token_mask
 from .straight_through import GumbelNoise
+from .tomoe_form import ToMoEForm, labels_without_pads
 from .tomoe_losses import LayerSizes, distillation_losses, next_token_loss, structure_losses
 from .tomoe_output import LayerMasks, ToMoECausalLMOutput
 
@@ -43,18 +44,9 @@ __all__ = [
 ]
 
 
-class ToMoEMixin(RoutedMixin):
+class ToMoEMixin(ToMoEForm):
     """What all families share; stands before the family's class in the bases."""
 
-    method = "tomoe"
-    routing_modes: ClassVar = {
-        "router": None,
-        "full": None,
-        "random": None,
-        "label": "ToMoE has no difficulty labels; its experts are no prefixes of each other",
-    }
-    # The loss is a mean per batch, so Trainer has to divide by the accumulation steps itself; otherwise lambda would change with them.
-    accepts_loss_kwargs = False
     # As in the paper, and because a learning rate of 1e-3 on these is nothing that bfloat16 could hold
     _keep_in_fp32_modules_strict: ClassVar = [
         "hypernetwork",
@@ -67,11 +59,7 @@ class ToMoEMixin(RoutedMixin):
             raise ValueError(f"{type(config).__name__}.moe is empty: convert a dense model, or set moe=ToMoEConfig(...).to_dict()")
         self.moe = moe = ToMoEConfig.from_dict(config.moe)
         family = self._family
-        if moe.attention != "none" and family.whole_heads is not None:
-            raise ValueError(
-                f"tomoe.attention = {moe.attention!r}: heads of {dense_type_of(config.model_type)} cannot be pruned: {family.whole_heads}; "
-                "set attention = 'none'"
-            )
+        self._require_heads(moe)
         self.routing, self.noise = Routing(), GumbelNoise()
         self.loss_function = causal_lm_loss
         layers = decoder_layers(self)
@@ -85,14 +73,6 @@ class ToMoEMixin(RoutedMixin):
             mlp = MaskedMLP(getattr(layer, family.mlp), family, moe, index, step * (index + 1) - 1, self.routing, self.masking)
             setattr(layer, family.mlp, mlp)
         self.post_init()
-
-    @property
-    def _family(self):
-        return FAMILIES[dense_type_of(self.config.model_type)]
-
-    def routed_mlps(self) -> list[MaskedMLP]:
-        """The masked MLPs, one a layer, in order."""
-        return [getattr(layer, self._family.mlp) for layer in decoder_layers(self)]
 
     def masked_attentions(self) -> list[MaskedAttention]:
         """The masked attentions, one a layer, in order; none if attention is left whole."""
@@ -253,11 +233,7 @@ class ToMoEMixin(RoutedMixin):
 
     def _lm_loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None, normalisers: Tensor | None) -> Tensor:
         """Cross-entropy, a mean over labels whose token, and the one before it, are no pads; without gradient from given `normalisers`."""
-        shifted = F.pad(labels, (0, 1), value=-100)[..., 1:].to(logits.device)
-        counted = token_mask(attention_mask, labels.numel())
-        if counted is not None:
-            counted = counted.view_as(labels).to(logits.device)
-            shifted = shifted.masked_fill(~(counted & F.pad(counted, (0, 1))[..., 1:]), -100)
+        shifted = F.pad(labels_without_pads(labels, attention_mask), (0, 1), value=-100)[..., 1:].to(logits.device)
         if normalisers is not None:
             return next_token_loss(logits, normalisers, shifted)
         return self.loss_function(logits, None, self.config.vocab_size, shift_labels=shifted)
@@ -293,12 +269,6 @@ class ToMoEMixin(RoutedMixin):
         if self._gradient_is_lost(losses["balance_loss"]):
             raise RuntimeError("the masks' losses have lost their gradient: checkpoint activations with use_reentrant=False")
         return losses
-
-    def _gradient_is_lost(self, balance: Tensor) -> bool:
-        """Whether routers learn, but not in this forward: reentrant checkpoints run layers without gradient, and so make the traces."""
-        if not torch.is_grad_enabled() or balance.requires_grad:
-            return False
-        return any(parameter.requires_grad for mlp in self.routed_mlps() for parameter in mlp.router.parameters())
 
     def card(self) -> str:
         """The README.md of this model's checkpoints."""

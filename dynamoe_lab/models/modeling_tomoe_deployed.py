@@ -10,18 +10,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .causal_lm_loss import causal_lm_loss
 from .configuration_tomoe import DEPLOYED_CONFIGS, ToMoEConfig
 from .converted_class import converted_class
 from .expert_mlp import ExpertMLP
-from .families import FAMILIES, decoder_layers, dense_type_of
+from .families import FAMILIES, decoder_layers
 from .pruned_attention import PrunedAttention
 from .rotary_attention import attention_weights
-from .routed import RoutedMixin, Routing, token_mask
+from .routed import Routing
 from .tomoe_card import deployed_card
+from .tomoe_form import ToMoEForm, labels_without_pads
 from .tomoe_output import ToMoECausalLMOutput
 
 __all__ = [
@@ -37,17 +37,9 @@ __all__ = [
 ]
 
 
-class ToMoEDeployedMixin(RoutedMixin):
+class ToMoEDeployedMixin(ToMoEForm):
     """What all families share; stands before the family's class in the bases."""
 
-    method = "tomoe"
-    routing_modes: ClassVar = {
-        "router": None,
-        "full": None,
-        "random": None,
-        "label": "ToMoE has no difficulty labels; its experts are no prefixes of each other",
-    }
-    accepts_loss_kwargs = False  # the loss is a mean over the batch's own tokens
     # Choices that are close turn over in coarser numbers
     _keep_in_fp32_modules_strict: ClassVar = ["mlp.router", *(f"self_attn.{name}" for name in ("router", "norm", "decoder"))]
 
@@ -57,10 +49,7 @@ class ToMoEDeployedMixin(RoutedMixin):
             raise ValueError(f"{type(config).__name__}.moe lacks the deployed sizes: export a masked ToMoE model with lab.export")
         self.moe = moe = ToMoEConfig.from_dict(config.moe)
         family, layers = self._family, decoder_layers(self)
-        if moe.attention != "none" and family.whole_heads is not None:
-            raise ValueError(
-                f"tomoe.attention = {moe.attention!r}: heads of {dense_type_of(config.model_type)} cannot be pruned: {family.whole_heads}"
-            )
+        self._require_heads(moe)
         unions, pairs = config.moe["union_sizes"], config.moe.get("qk_pairs") or [None] * len(layers)
         if not len(unions) == len(pairs) == len(layers):
             raise ValueError(f"{type(config).__name__}.moe has sizes of {len(unions)} and {len(pairs)} layers, the model has {len(layers)}")
@@ -71,14 +60,6 @@ class ToMoEDeployedMixin(RoutedMixin):
                 setattr(layer, family.attention, PrunedAttention(getattr(layer, family.attention), moe, pairs[index], self.routing))
             setattr(layer, family.mlp, ExpertMLP(getattr(layer, family.mlp), family, moe, unions[index], index, self.routing))
         self.post_init()
-
-    @property
-    def _family(self):
-        return FAMILIES[dense_type_of(self.config.model_type)]
-
-    def routed_mlps(self) -> list[ExpertMLP]:
-        """The MLPs with experts, one a layer, in order."""
-        return [getattr(layer, self._family.mlp) for layer in decoder_layers(self)]
 
     def pruned_attentions(self) -> list[PrunedAttention]:
         """The pruned attentions, one a layer, in order; none if attention is left whole."""
@@ -123,7 +104,7 @@ class ToMoEDeployedMixin(RoutedMixin):
         kwargs.pop("num_items_in_batch", None)
         collect = labels is not None or bool(output_router_logits)
         if labels is not None:
-            labels = _without_pads(labels, attention_mask)
+            labels = labels_without_pads(labels, attention_mask)
         mlps, attentions = self.routed_mlps(), self.pruned_attentions()
         self.routing.collect = collect
         try:
@@ -149,15 +130,6 @@ class ToMoEDeployedMixin(RoutedMixin):
     def card(self) -> str:
         """The README.md of this model's checkpoints."""
         return deployed_card(type(self).__name__, self.config)
-
-
-def _without_pads(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Labels [B, T] with -100 where the token or the one that predicts it is a pad."""
-    counted = token_mask(attention_mask, labels.numel())
-    if counted is None:
-        return labels
-    counted = counted.view_as(labels).to(labels.device)
-    return labels.masked_fill(~(counted & F.pad(counted, (1, 0), value=True)[:, :-1]), -100)
 
 
 def _deployed(model_type: str) -> type[PreTrainedModel]:

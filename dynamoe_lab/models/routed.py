@@ -94,6 +94,13 @@ class RoutedMixin:
             raise ValueError(f"shares: need non-negative shares for {layers} layers x {experts} experts with a positive sum in each layer")
         return table
 
+    def _gradient_is_lost(self, loss: Tensor) -> bool:
+        """Whether routers learn, but this loss does not reach them: reentrant checkpoints run layers without gradient, and so make the
+        traces that losses are made of."""
+        if not (self.training and torch.is_grad_enabled()) or loss.requires_grad:
+            return False
+        return any(parameter.requires_grad for mlp in self.routed_mlps() for parameter in mlp.router.parameters())
+
     # --- saving -----------------------------------------------------------------------------------------------------------------
 
     def card(self) -> str:

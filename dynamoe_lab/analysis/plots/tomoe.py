@@ -63,7 +63,7 @@ def plot_tomoe_training(
         ax.set_ylabel(label)
         ax.grid(axis="y")
     _levels(axes[0, 0], [(0, "dense model 0", DENSE)])
-    _levels(axes[0, 1], [(1, "dense model 100 %", DENSE), (p, f"target p {percent(p)}", REFERENCE)])
+    _levels(axes[0, 1], [(1, "dense model 100 %", DENSE), (p, f"target p {percent(p)}", REFERENCE)], left=p)
     _levels(axes[1, 0], [(1, "no neuron lost", REFERENCE)], least=0.01)
     _levels(
         axes[1, 1], [(1 / experts, f"used alike 1/{experts}", REFERENCE), (1, "one expert takes all tokens", REFERENCE)], below=1 / experts
@@ -275,13 +275,23 @@ def _attention(ax: Axes, beside: Axes, attention: pd.DataFrame, layers: np.ndarr
     ax.annotate("dense model", (1, 1), xycoords="axes fraction", xytext=(0, 2), textcoords="offset points", ha="right", fontsize=6.5)
 
 
-def _levels(ax: Axes, levels: list[tuple[float, str, dict]], *, least: float = 0.0, below: float | None = None) -> None:
-    """Reference lines (value, name, look), named above them, that of value `below` under it; the axis spans `least` or more."""
+def _levels(
+    ax: Axes, levels: list[tuple[float, str, dict]], *, least: float = 0.0, below: float | None = None, left: float | None = None
+) -> None:
+    """Reference lines (value, name, look), named above them on the right; the axis spans `least` or more.
+
+    The name of value `below` stands under its line, that of value `left` on the left, where curves that end there have not come yet.
+    """
     for value, name, look in levels:
         ax.axhline(value, **look)
         under = value == below
-        place = {"xycoords": ("axes fraction", "data"), "xytext": (-2, -2 if under else 2), "textcoords": "offset points"}
-        ax.annotate(name, (1, value), ha="right", va="top" if under else "bottom", fontsize=6.5, color=look["color"], **place)
+        place = {
+            "xycoords": ("axes fraction", "data"),
+            "xytext": (2 if value == left else -2, -2 if under else 2),
+            "textcoords": "offset points",
+        }
+        at, side = (0, "left") if value == left else (1, "right")
+        ax.annotate(name, (at, value), ha=side, va="top" if under else "bottom", fontsize=6.5, color=look["color"], **place)
     low, high = ax.dataLim.intervaly
     low = min(low, high - least)
     ax.set_ylim(low - (0.06 if below is None else 0.11) * (high - low), high + 0.11 * (high - low))
