@@ -142,7 +142,15 @@ class TestPareto:
 
     @staticmethod
     def comparison(ratio, *, low=None, high=None, static=0.66, **columns) -> pd.DataFrame:
-        row = {"theta": 0.9, "seed": 0, "train_tokens": 40960, "active_mlp_fraction": 0.66, "static_fraction": static, "ratio": ratio}
+        row = {
+            "method": "router",
+            "theta": 0.9,
+            "seed": 0,
+            "train_tokens": 40960,
+            "active_mlp_fraction": 0.66,
+            "static_fraction": static,
+            "ratio": ratio,
+        }
         row |= {"active_params": 66e6 + 54e6, "static_params": static * 100e6 + 54e6}  # the router is in the first number
         row |= {"low": 0.95 * ratio if low is None else low, "high": 1.05 * ratio if high is None else high}
         return pd.DataFrame([{**row, "n": 25, "tokens": 8160, "confidence": 0.95, **columns}])
@@ -169,6 +177,14 @@ class TestPareto:
         assert "but with more active parameters" in sentence
         assert "choosing by token pays" in static_finding(self.comparison(0.8, static=0.75))  # less compute and better
         assert "but with fewer active parameters" in static_finding(self.comparison(1.2, static=0.75))
+
+    def test_tomoe_is_told_by_its_ratio_and_has_seeds_of_its_own(self):
+        pruned = {"method": "tomoe p = 0.7", "theta": np.nan, "train_tokens": 7680}
+        rows = [self.comparison(0.98), self.comparison(5.0, **pruned), self.comparison(6.0, seed=1, **pruned)]
+        sentence = static_finding(pd.concat(rows))
+        assert "; ToMoE at p = 0.7 after 7,680 tokens of training, 66 % of the MLP neurons against a static 66 %" in sentence
+        assert "perplexity above the static cut's, ratio 5.477 (mean of 2 seeds, 5.000 to 6.000), the static cut is better" in sentence
+        assert "nan" not in sentence
 
     def test_seeds_must_agree(self):
         agree = pd.concat([self.comparison(0.8), self.comparison(0.9, seed=1)])

@@ -213,7 +213,7 @@ class TestStatic:
         ).iloc[0]
         assert row["ratio"] == pytest.approx(np.exp((router.sum() - static.sum()) / 3000))
         assert row["low"] < row["ratio"] < row["high"] < 1  # unpaired, the documents' spread would hide it
-        assert row[["theta", "seed", "train_tokens", "n", "tokens"]].tolist() == [0.9, 3, 500, 30, 3000]
+        assert row[["method", "theta", "seed", "train_tokens", "n", "tokens"]].tolist() == ["router", 0.9, 3, 500, 30, 3000]
         assert (row["active_mlp_fraction"], row["static_fraction"]) == pytest.approx((0.66, 0.7))
         assert row[["active_params", "static_params"]].tolist() == [120, 121]
         assert row["static_perplexity"] == pytest.approx(np.exp(static.sum() / 3000))

@@ -23,14 +23,16 @@ def pareto_case(cell: Cell, mode: str | int) -> dict[str, Any]:
     """Which setting of the table `pareto` a mode of a cell is: method, theta, seed, train_tokens.
 
     Methods: "static" of one width for all tokens, "tomoe p = 0.7" of ToMoE's routers ("tomoe random p = 0.7" and the like of other modes),
-    else the mode. theta is nan where no labels were used.
+    else the mode. theta is nan where no labels were used: of a fixed width, and of a static cut that was not made beside a router (of a
+    sweep's cell whose settings name no θ).
     """
     experiment = cell.experiment
     if experiment.method == "tomoe":
         method, theta = f"tomoe{'' if mode == 'router' else f' {mode}'} p = {experiment.tomoe.p:g}", float("nan")
     else:
         static = isinstance(mode, int) or isinstance(experiment.dynamoe.train_route, int)
-        method, theta = "static" if static else mode, float("nan") if isinstance(mode, int) else experiment.dynamoe.theta
+        beside = not isinstance(mode, int) and not (static and cell.settings and "dynamoe.theta" not in cell.settings)
+        method, theta = "static" if static else mode, experiment.dynamoe.theta if beside else float("nan")
     return {"method": method, "theta": theta, "seed": experiment.train_config.seed, "train_tokens": cell.train_tokens}
 
 

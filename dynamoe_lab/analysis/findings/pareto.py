@@ -91,10 +91,11 @@ def static_finding(comparison: pd.DataFrame) -> str:
     """Does choosing by token beat a static cut at about the same compute, trained on the same tokens?
 
     Args:
-        comparison: rows of `static_comparison`. Rows of one θ and budget are seeds: each has its verdict, the ratio is their
+        comparison: rows of `static_comparison`. Rows of one method, θ and budget are seeds: each has its verdict, the ratio is their
             geometric mean.
     """
     needed = (
+        "method",
         "theta",
         "seed",
         "train_tokens",
@@ -111,7 +112,8 @@ def static_finding(comparison: pd.DataFrame) -> str:
     )
     require(comparison, needed, "static_finding")
     texts = []
-    for (theta, budget), part in comparison.groupby(["theta", "train_tokens"]):
+    for (method, theta, budget), part in comparison.groupby(["method", "theta", "train_tokens"], dropna=False):
+        who = f"ToMoE at {method.removeprefix('tomoe ')}" if method.startswith("tomoe") else f"θ = {theta:g}"
         own, static = part["active_params"].mean(), part["static_params"].mean()
         same = abs(own / static - 1) <= SAME_COMPUTE
         more = "the same number of" if same else f"{percent(abs(own / static - 1))} {'more' if own > static else 'fewer'}"
@@ -136,7 +138,7 @@ def static_finding(comparison: pd.DataFrame) -> str:
         if not same and ((said == "below" and own > static) or (said == "above" and own < static)):
             meaning = f"but with {'more' if own > static else 'fewer'} active parameters"
         texts.append(
-            f"θ = {theta:g} after {tokens_text(budget)} of training, {percent(part['active_mlp_fraction'].mean())} of the MLP neurons "
+            f"{who} after {tokens_text(budget)} of training, {percent(part['active_mlp_fraction'].mean())} of the MLP neurons "
             f"against a static {percent(part['static_fraction'].mean())} ({compute}): perplexity {said} the static cut's, ratio "
             f"{ratio:.3f} ({spread}), {meaning}"
         )

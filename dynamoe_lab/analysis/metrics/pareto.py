@@ -171,7 +171,8 @@ def static_comparison(
     *,
     active_params: float,
     static_params: float,
-    theta: float,
+    theta: float = np.nan,
+    method: str = "router",
     seed: int = 0,
     train_tokens: int = 0,
     confidence: float = 0.95,
@@ -184,11 +185,12 @@ def static_comparison(
         static_losses: the same of a model whose every token runs one prefix, trained on the same tokens and measured on the same documents.
         active_params, static_params: parameters that a token of each activates (`count_active_params`); the static cut needs no router, so
             at equal compute it is wider than the router's average.
-        theta, seed, train_tokens: of the routed model; copied into the result.
+        theta, method, seed, train_tokens: of the routed model as in the table `pareto`, e.g. method "tomoe p = 0.7" without θ; copied into
+            the result.
         confidence, resamples: of the document bootstrap.
 
     Returns:
-        One row: theta, seed, train_tokens, active_params, static_params, active_mlp_fraction (router), static_fraction, perplexity
+        One row: method, theta, seed, train_tokens, active_params, static_params, active_mlp_fraction (router), static_fraction, perplexity
         (router), static_perplexity, ratio (router's over the static cut's, paired by document; below 1 the router is better), low, high, n
         (documents), tokens, confidence.
     """
@@ -197,7 +199,7 @@ def static_comparison(
     settings = {"bootstrap": resamples, "confidence": confidence}
     row = perplexity_ratio(router_losses, static_losses, **settings).iloc[0]
     static = np.average(static_losses["active_mlp_fraction"], weights=static_losses["positions"])
-    case = {"theta": float(theta), "seed": int(seed), "train_tokens": int(train_tokens)}
+    case = {"method": method, "theta": float(theta), "seed": int(seed), "train_tokens": int(train_tokens)}
     cost = {"active_params": float(active_params), "static_params": float(static_params)}
     cost |= {"active_mlp_fraction": float(row["active_mlp_fraction"]), "static_fraction": float(static)}
     quality = {"perplexity": row["perplexity"], "static_perplexity": row["reference_perplexity"]}
