@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 import torch
+from bare import bare_environment
 from lm_eval.models.huggingface import HFLM
-from test_travel import bare_environment
 
 from dynamoe_lab.conversion import convert
 from dynamoe_lab.data import load_blocks

@@ -1,19 +1,14 @@
-"""Deployed ToMoE models on their way: saved, loaded, generating, and used in an environment that has no dynamoe_lab."""
+"""Deployed ToMoE models on their way: saved, loaded, generating; test_travel_bare has them where dynamoe_lab is not installed."""
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_blocks, make_dense
-from deployed_models import CASES, make_deployed, make_masked
+from deployed_models import CASES, make_deployed
 from safetensors.torch import load_file, save_file
-from test_travel import bare_environment, word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import dynamoe_lab.models
 from dynamoe_lab.models import ToMoEConfig, decoder_layers
 
 cases = pytest.mark.parametrize(("family", "attention"), CASES)
@@ -161,103 +156,6 @@ def test_model_card(tmp_path):
     (tmp_path / "README.md").write_text("my own words")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "my own words"
-
-
-# --- an environment without this package ---------------------------------------------------------------------------------------------
-
-PROGRAM = """
-import importlib.util, json, sys, traceback
-from pathlib import Path
-assert importlib.util.find_spec("dynamoe_lab") is None, "dynamoe_lab can be imported here"
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-torch.set_grad_enabled(False)
-
-
-def check(folder):
-    found = {}
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    found["module"] = type(model).__module__
-    expected = torch.load(folder / "expected.pt", weights_only=True)
-    output = model(expected["ids"], output_router_logits=True)
-    found["logits"] = float((output.logits - expected["logits"]).abs().max())
-    found["experts"] = bool((torch.stack(output.experts) == expected["experts"]).all())
-
-    prompt = greedy = expected["ids"][:2, :6]
-    for _ in range(8):
-        greedy = torch.cat([greedy, model(greedy).logits[:, -1:].argmax(-1)], dim=1)
-    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    cached = model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=True, **options)
-    found["generates"] = torch.equal(cached, greedy)
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    write = pipeline("text-generation", model=str(folder), tokenizer=tokenizer, trust_remote_code=True)
-    text = write(tokenizer.decode(prompt[0]), return_full_text=False, **options)[0]["generated_text"]
-    found["pipeline"] = [text.split(), tokenizer.decode(greedy[0, 6:]).split()]
-
-    again = folder / "again"
-    model.save_pretrained(again)
-    reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()
-    found["reloaded"] = float((reloaded(expected["ids"]).logits - output.logits).abs().max())
-    return found
-
-
-results = {}
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    try:
-        results[folder.name] = check(folder)
-    except Exception:
-        results[folder.name] = {"error": traceback.format_exc()}
-Path(sys.argv[2]).write_text(json.dumps(results))
-"""
-TRAVELLERS = {f"{family}-{attention}": (family, attention) for family, attention in CASES}
-
-
-@pytest.fixture(scope="module")
-def travelled(tmp_path_factory):
-    """What one fresh process without this package found in every family's checkpoint; expected is what the masked models say."""
-    folder = tmp_path_factory.mktemp("travel")
-    blocks = make_blocks()
-    for name, (family, attention) in TRAVELLERS.items():
-        make_deployed(family, attention=attention).save_pretrained(folder / "models" / name)
-        word_tokenizer().save_pretrained(folder / "models" / name)
-        with torch.no_grad():
-            output = make_masked(family, attention=attention)(blocks.ids, output_router_logits=True)
-        expected = {"ids": blocks.ids, "logits": output.logits, "experts": torch.stack(output.experts)}
-        torch.save(expected, folder / "models" / name / "expected.pt")
-    (folder / "program.py").write_text(PROGRAM)
-    keep = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
-    cache = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "HF_MODULES_CACHE": str(folder / "modules"), "HOME": str(folder)}
-    command = [bare_environment(folder / "venv"), folder / "program.py", folder / "models", folder / "results.json"]
-    done = subprocess.run(command, cwd=folder, env={**keep, **cache}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder, json.loads((folder / "results.json").read_text())
-
-
-@pytest.mark.parametrize("name", TRAVELLERS)
-def test_works_where_this_package_is_not_installed(travelled, name):
-    found = travelled[1][name]
-    assert "error" not in found, found["error"]
-    assert found["module"].startswith("transformers_modules.")
-    assert found["logits"] < 1e-4
-    assert found["experts"]
-    assert found["generates"], "generation with a cache is not the greedy continuation"
-    assert found["pipeline"][0] == found["pipeline"][1]
-    assert len(found["pipeline"][0]) == 8
-    assert found["reloaded"] < 1e-5
-
-
-def test_the_code_beside_the_weights_is_this_code(travelled):
-    source = Path(dynamoe_lab.models.__file__).parent
-    for folder in (travelled[0] / "models").iterdir():
-        for copy in (folder, folder / "again"):
-            files = {path.name for path in copy.glob("*.py")}
-            assert files >= {"modeling_tomoe_deployed.py", "expert_mlp.py", "pruned_attention.py", "families.py", "routed.py"}
-            assert not files & {"hypernetwork.py", "masked_mlp.py", "modeling_tomoe.py", "nested_mlp.py"}, "only what it needs"
-            for name in files:
-                assert (copy / name).read_text() == (source / name).read_text()
-            automatic = json.loads((copy / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
-            assert automatic.startswith("modeling_tomoe_deployed.ToMoE")
 
 
 def test_every_layer_of_a_family_is_deployed():

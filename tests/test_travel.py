@@ -1,20 +1,13 @@
-"""Checkpoints on their way: saved, loaded, read as the plain dense family, and used in an environment that has no dynamoe_lab."""
+"""Checkpoints on their way: saved, loaded, read as the plain dense family; test_travel_bare has them where dynamoe_lab is not installed."""
 
-import json
-import os
-import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, PICO, make_blocks, make_converted, make_dense
+from conftest import make_converted, make_dense
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import dynamoe_lab.models
 from dynamoe_lab.models import DynaMoEConfig, family_of
 
 
@@ -115,125 +108,3 @@ def test_config_survives_json(family, tmp_path):
     assert loaded.model_type == f"dynamoe_{family}"
     assert loaded.moe == config.moe
     assert DynaMoEConfig.from_dict(loaded.moe).train_route == 2
-
-
-# --- an environment without this package ---------------------------------------------------------------------------------------------
-
-PROGRAM = """
-import importlib.util, json, sys, traceback
-from pathlib import Path
-assert importlib.util.find_spec("dynamoe_lab") is None, "dynamoe_lab can be imported here"
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-torch.set_grad_enabled(False)
-
-
-def check(folder):
-    found = {}
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    found["module"] = type(model).__module__
-    expected = torch.load(folder / "expected.pt", weights_only=True)
-    output = model(expected["ids"], output_router_logits=True)
-    found["logits"] = float((output.logits - expected["logits"]).abs().max())
-    found["similarities"] = float((torch.stack(output.similarities) - expected["similarities"]).abs().max())
-
-    prompt = greedy = expected["ids"][:2, :6]
-    for _ in range(8):  # without a cache, one whole forward a token
-        greedy = torch.cat([greedy, model(greedy).logits[:, -1:].argmax(-1)], dim=1)
-    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    cached = model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=True, **options)
-    found["generates"] = torch.equal(cached, greedy)
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    write = pipeline("text-generation", model=str(folder), tokenizer=tokenizer, trust_remote_code=True)
-    text = write(tokenizer.decode(prompt[0]), return_full_text=False, **options)[0]["generated_text"]
-    found["pipeline"] = [text.split(), tokenizer.decode(greedy[0, 6:]).split()]
-
-    again = folder / "again"
-    model.save_pretrained(again)
-    assert not list(again.glob("*.bin"))
-    reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()
-    found["reloaded"] = float((reloaded(expected["ids"]).logits - output.logits).abs().max())
-    return found
-
-
-results = {}
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    try:
-        results[folder.name] = check(folder)
-    except Exception:
-        results[folder.name] = {"error": traceback.format_exc()}
-Path(sys.argv[2]).write_text(json.dumps(results))
-"""
-
-
-def bare_environment(folder: Path) -> Path:
-    """The Python of a virtual environment with everything that is installed here but this package and .pth files."""
-    venv.create(folder, symlinks=os.name != "nt", with_pip=False)
-    packages = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder), "platbase": str(folder)}))
-    for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for entry in Path(site).iterdir():
-            if (
-                not entry.name.startswith(("dynamoe_lab", "__editable__"))
-                and entry.suffix != ".pth"
-                and not (packages / entry.name).exists()
-            ):
-                (packages / entry.name).symlink_to(entry)
-    return Path(sysconfig.get_path("scripts", "venv", vars={"base": str(folder)})) / Path(sys.executable).name
-
-
-def word_tokenizer():
-    """A tokenizer of one word a token, made here: `w17` is token 17."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{number}": number for number in range(PICO["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-@pytest.fixture(scope="module")
-def travelled(tmp_path_factory):
-    """What one fresh process without this package found in every family's checkpoint."""
-    folder = tmp_path_factory.mktemp("travel")
-    blocks, cases = make_blocks(), {name: (name, {}) for name in FAMILIES} | {"frozen": ("opt", {"label_target": "frozen"})}
-    for name, (family, changes) in cases.items():
-        model = make_converted(family, **changes)
-        model.save_pretrained(folder / "models" / name)
-        word_tokenizer().save_pretrained(folder / "models" / name)
-        with torch.no_grad():
-            output = model(blocks.ids, output_router_logits=True)
-        expected = {"ids": blocks.ids, "logits": output.logits, "similarities": torch.stack(output.similarities)}
-        torch.save(expected, folder / "models" / name / "expected.pt")
-    (folder / "program.py").write_text(PROGRAM)
-    keep = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
-    cache = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "HF_MODULES_CACHE": str(folder / "modules"), "HOME": str(folder)}
-    command = [bare_environment(folder / "venv"), folder / "program.py", folder / "models", folder / "results.json"]
-    done = subprocess.run(command, cwd=folder, env={**keep, **cache}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder, json.loads((folder / "results.json").read_text())
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "frozen"])
-def test_works_where_this_package_is_not_installed(travelled, name):
-    found = travelled[1][name]
-    assert "error" not in found, found["error"]
-    assert found["module"].startswith("transformers_modules.")
-    assert found["logits"] < 1e-5
-    assert found["similarities"] < 1e-5
-    assert found["generates"], "generation with a cache is not the greedy continuation"
-    assert found["pipeline"][0] == found["pipeline"][1]
-    assert len(found["pipeline"][0]) == 8
-    assert found["reloaded"] < 1e-5
-
-
-def test_the_code_beside_the_weights_is_this_code(travelled):
-    source = Path(dynamoe_lab.models.__file__).parent
-    for folder in (travelled[0] / "models").iterdir():
-        for copy in (folder, folder / "again"):
-            files = sorted(copy.glob("*.py"))
-            assert {path.name for path in files} >= {"modeling_dynamoe.py", "nested_mlp.py", "layer_mlp.py", "families.py"}
-            for path in files:
-                assert path.read_text() == (source / path.name).read_text()
-            assert json.loads((copy / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"].startswith("modeling_dynamoe.")
