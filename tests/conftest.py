@@ -155,3 +155,18 @@ def home(tmp_path_factory):
     for part in ("assets", "models"):
         (folder / part).symlink_to(machine_home() / part)
     return folder
+
+
+@pytest.fixture(scope="module")
+def stepping(home):
+    """`step` as `Run.step` is, and what it was asked: (function, cached)."""
+    from dynamoe_lab.workbench.steps import run_step
+
+    asked = []
+
+    def step(function, *args, **kwargs):
+        done = run_step(function, args, kwargs, home=home)
+        asked.append((function.__name__, done.cached))
+        return done.value
+
+    return step, asked

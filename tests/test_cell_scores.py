@@ -8,24 +8,10 @@ import pytest
 import dynamoe_lab as lab
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench.cells import run_cell
-from dynamoe_lab.workbench.steps import run_step
 
 pytestmark = pytest.mark.assets
 SMALL = ["train.steps=2", "data.heldout_tokens=512", "data.calibration_tokens=512"]
 ASKED = {"tasks": ["piqa", "sciq"], "limit": 5}
-
-
-@pytest.fixture(scope="module")
-def stepping(home):
-    """`step` as `Run.step` is, and what it was asked: (function, cached)."""
-    asked = []
-
-    def step(function, *args, **kwargs):
-        done = run_step(function, args, kwargs, home=home)
-        asked.append((function.__name__, done.cached))
-        return done.value
-
-    return step, asked
 
 
 @pytest.fixture(scope="module")

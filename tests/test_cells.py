@@ -9,23 +9,9 @@ import pytest
 import dynamoe_lab as lab
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench.cells import Inputs, run_cell, static_cut, time_cells
-from dynamoe_lab.workbench.steps import run_step
 
 pytestmark = pytest.mark.assets
 MODES = ("router", "label", "random", 1)
-
-
-@pytest.fixture(scope="module")
-def stepping(home):
-    """`step` as `Run.step` is, and what it was asked: (function, cached)."""
-    asked = []
-
-    def step(function, *args, **kwargs):
-        done = run_step(function, args, kwargs, home=home)
-        asked.append((function.__name__, done.cached))
-        return done.value
-
-    return step, asked
 
 
 @pytest.fixture(scope="module")
