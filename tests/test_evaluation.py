@@ -209,6 +209,12 @@ def test_losses_of_a_trace_equal_those_of_the_model(family, blocks):
     assert ratio["run"] == "r"
 
 
+def test_text_without_a_predicted_token_has_no_perplexity():
+    losses = pd.DataFrame({"document": [0, 1], "nll": 0.0, "tokens": 0})  # of blocks of one token
+    with pytest.raises(InputError, match="documents with predicted tokens"):
+        perplexity_ratio(losses)
+
+
 def test_similarities_of_one_pass_give_the_labels_of_every_theta(family, blocks):
     model = make_converted(family)
     similarity = trace_similarity(model, blocks, batch_size=3, run="s")

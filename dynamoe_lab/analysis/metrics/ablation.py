@@ -67,6 +67,14 @@ def ablation_table(sweep: pd.DataFrame, *, axis: str, metric: str = "perplexity_
 
     Raises:
         InputError: no such axis or metric, nothing but failed cells, or more than two axes that vary.
+
+    Example:
+        >>> sweep = pd.DataFrame({"train.lr": [1e-4, 1e-3], "mode": "router", "metric": "perplexity_ratio", "value": [1.8, 1.5]})
+        >>> sweep = sweep.assign(low=sweep["value"] - 0.1, high=sweep["value"] + 0.1, n=25, active_mlp_fraction=0.67, status="ok")
+        >>> lab.ablation_table(sweep, axis="train.lr")[["setting", "mode", "value", "low", "high", "seeds"]]
+          setting    mode  value  low  high  seeds
+        0  0.0001  router    1.8  1.7   1.9      1
+        1   0.001  router    1.5  1.4   1.6      1
     """
     require(sweep, NEEDED, "ablation_table")
     if axis not in (fields := [column for column in sweep.columns if column not in _RESULTS]):

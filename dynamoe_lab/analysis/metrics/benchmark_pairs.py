@@ -44,6 +44,14 @@ def benchmark_deltas(
 
     Raises:
         InputError: a task's documents differ between the two, in number or text (it says how many), or no rows of the metric.
+
+    Example:
+        >>> dense = pd.DataFrame({"run": "dense", "task": "sciq", "doc_id": range(10), "metric": "acc", "value": 1.0})
+        >>> router = dense.assign(run="router", value=[0.0] * 6 + [1.0] * 4)  # six documents are lost, none is gained
+        >>> deltas = lab.benchmark_deltas(router, dense)
+        >>> deltas[["run", "task", "difference", "only_reference", "mcnemar_p", "n"]]  # 2 * (1/2)**6
+              run  task  difference  only_reference  mcnemar_p   n
+        0  router  sciq        -0.6               6    0.03125  10
     """
     needed = ("run", "task", "doc_id", "metric", "value")
     require(documents, needed, "benchmark_deltas")

@@ -61,6 +61,10 @@ def benchmark_task(name: str) -> BenchmarkTask:
 def split_note(frame: pd.DataFrame) -> str:
     """'SciQ: validation (stock: test)' and the like, of the tasks of a frame (task, split) whose documents are not those that lm-eval's own
     definition scores: their split has a remark in parentheses. '' if there are none, or the splits are unknown.
+
+    Example:
+        >>> lab.split_note(pd.DataFrame({"task": ["sciq", "piqa"], "split": ["validation (stock: test)", "validation"]}))
+        'SciQ: validation (stock: test)'
     """
     if not {"task", "split"} <= set(frame.columns):
         return ""
@@ -85,6 +89,14 @@ def benchmark_points(scores: pd.DataFrame, *, metric: str = "acc", confidence: f
 
     Raises:
         InputError: no rows of the metric, or two of one run and task.
+
+    Example:
+        >>> scores = pd.DataFrame({"run": "dense", "task": ["sciq", "piqa"], "split": "validation", "metric": "acc", "value": [0.8, 0.7]})
+        >>> lab.benchmark_points(scores.assign(stderr=0.04, n=100))[["task", "value", "low", "high", "n", "chance"]].round(2)
+              task  value   low  high    n  chance
+        0     piqa   0.70  0.60  0.78  100    0.50
+        1     sciq   0.80  0.71  0.87  100    0.25
+        2  average   0.75  0.69  0.81  200    0.38
     """
     rows = _rows_of(scores, metric, "benchmark_points")
     active = _active_params(scores)
@@ -125,11 +137,21 @@ def benchmark_table(scores: pd.DataFrame, *, metric: str = "acc") -> pd.DataFram
     """One row a run, a column a task, as in the paper's Table 1.
 
     Args:
-        scores: table `scores`: run, task, split, metric, value, n; the parameters a token activates in its rows of metric "active_params".
+        scores: table `scores`: run, task, split, metric, value, stderr, n; the parameters that a token activates are in its rows of metric
+            "active_params".
 
     Returns:
         run, metric, active_params (mean over the run's tasks, the paper's Params), the seven tasks with average4 and average7 between them
         as in the paper (nan where a task is missing), tasks beyond the seven, n (documents of all tasks), note (`split_note`).
+
+    Raises:
+        InputError: no rows of the metric, or two of one run and task.
+
+    Example:
+        >>> scores = pd.DataFrame({"run": "dense", "task": ["sciq", "piqa"], "split": "validation", "metric": "acc", "value": [0.8, 0.7]})
+        >>> lab.benchmark_table(scores.assign(stderr=0.04, n=100))[["run", "piqa", "average4", "sciq", "n"]]  # two of the four are missing
+             run  piqa  average4  sciq    n
+        0  dense   0.7       NaN   0.8  200
     """
     rows = _rows_of(scores, metric, "benchmark_table")
     active, table = _active_params(scores), []
@@ -148,6 +170,14 @@ def paper_table() -> pd.DataFrame:
     Returns:
         model, base (the dense model it was made from, itself for dense rows), tokens (trained on; nan: none), active_params, a column per
         task with average4 and average7; for each of these and for active_params `<name>_change`, value / the base model's - 1.
+
+    Example:
+        >>> table = lab.paper_table().set_index("model")
+        >>> table.loc[["Mistral-7B", "DynaMoE θ=0.9"], ["active_params", "sciq", "average7", "average7_change"]].round(3)
+                       active_params   sciq  average7  average7_change
+        model
+        Mistral-7B      7.000000e+09  0.964     0.742            0.000
+        DynaMoE θ=0.9   6.000000e+09  0.952     0.701           -0.055
     """
     with files("dynamoe_lab.analysis").joinpath("data/dynamoe_table1.csv").open(encoding="utf-8") as stream:
         table = pd.read_csv(stream)
@@ -171,6 +201,18 @@ def relative_table(deltas: pd.DataFrame, paper: pd.DataFrame, *, active: pd.Data
         source ("ours" or "paper"), model, base, task (the seven, average4, average7; "average" of other sets of tasks), base_value, change,
         low, high (nan in the paper's rows, which come without intervals), floor (the change at which a model only guesses: near 0 where
         the base hardly does better itself), params_share (of the base's active parameters), n; split, if `deltas` has it ("" of the paper).
+
+    Raises:
+        InputError: a column is missing, or `active` lacks a run.
+
+    Example:
+        >>> right = pd.DataFrame({"run": "dense", "task": "sciq", "doc_id": range(4), "metric": "acc", "value": [1.0, 1.0, 1.0, 1.0]})
+        >>> deltas = lab.benchmark_deltas(right.assign(run="router", value=[1.0, 1.0, 1.0, 0.0]), right)
+        >>> active = pd.DataFrame({"run": ["dense", "router"], "active_params": [134e6, 113e6]})
+        >>> relative = lab.relative_table(deltas, lab.paper_table(), active=active)
+        >>> relative.loc[relative["source"] == "ours", ["model", "task", "base_value", "change", "params_share"]].round(2)
+            model  task  base_value  change  params_share
+        0  router  sciq         1.0   -0.25          0.84
     """
     require(deltas, ("run", "task", "metric", "reference_value", "relative", "relative_low", "relative_high", "n"), "relative_table")
     require(active, ("run", "active_params"), "relative_table: active")

@@ -32,7 +32,7 @@ def usage_information(
     tokens; where ids do matter the bias is smaller than that, so that the difference errs on the low side.
 
     Args:
-        routing: the frame `routing`.
+        routing: the frame `routing`: run, layer, token_id, expert; a row per token and layer.
         experts: number of experts E.
         fractions: [E] share of the MLP that each expert runs, for active_mlp_fraction.
         shuffles: shuffled copies of each layer.
@@ -42,6 +42,16 @@ def usage_information(
         run, layer (also "all": the mean over layers), entropy (bits, 0 to log2 E), mutual_information (bits, plug-in), shuffled (bits, mean
         over shuffles), information (bits, mutual_information minus shuffled), active_mlp_fraction (if fractions are given), tokens,
         experts.
+
+    Raises:
+        InputError: a column is missing, an expert is not below `experts`, `fractions` are not E, or shuffles < 1.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "layer": 0, "token_id": [3, 3, 8, 8] * 100, "expert": [0, 0, 1, 1] * 100})
+        >>> found = lab.usage_information(routing, experts=2)
+        >>> found.loc[found["layer"] == "all", ["entropy", "mutual_information", "information"]].round(1)  # the id tells all
+           entropy  mutual_information  information
+        1      1.0                 1.0          1.0
     """
     require(routing, ("run", "layer", "token_id", "expert"), "usage_information")
     if shuffles < 1:
@@ -77,6 +87,16 @@ def stack_runs(frames: Mapping[tuple[float, str, int], pd.DataFrame]) -> pd.Data
 
     Returns:
         lambda_router, router_gradient, seed, then the frames' own columns without run, theta and domain.
+
+    Raises:
+        InputError: no frames, an empty one, or a key that is not (lambda_router, router_gradient, seed).
+
+    Example:
+        >>> usage = pd.DataFrame({"run": "a", "layer": 0, "expert": [0, 1], "share": [0.0, 1.0], "tokens": [0, 8]})
+        >>> lab.stack_runs({(0.0, "probability", 0): usage})
+           lambda_router router_gradient  seed  layer  expert  share  tokens
+        0            0.0     probability     0      0       0    0.0       0
+        1            0.0     probability     0      0       1    1.0       8
     """
     if not frames:
         raise InputError("stack_runs: no frames; give {(lambda_router, router_gradient, seed): frame}")
@@ -102,6 +122,17 @@ def collapsed_layers(collapse: pd.DataFrame, *, threshold: float = 0.99) -> pd.D
     Returns:
         One row per run and layer: lambda_router, router_gradient, seed, layer, expert (the commonest), share (its), tokens (of the layer),
         collapsed.
+
+    Raises:
+        InputError: a column is missing, or threshold is no share.
+
+    Example:
+        >>> usage = pd.DataFrame({"layer": [0, 0, 1, 1], "expert": [0, 1, 0, 1], "share": [0.5, 0.5, 0.0, 1.0], "tokens": [4, 4, 0, 8]})
+        >>> layers = lab.collapsed_layers(lab.stack_runs({(0.0, "probability", 0): usage}))
+        >>> layers[["layer", "expert", "share", "tokens", "collapsed"]]
+           layer  expert  share  tokens  collapsed
+        0      0       0    0.5       8      False
+        1      1       1    1.0       8       True
     """
     require(collapse, (*CASE, "layer", "expert", "share", "tokens"), "collapsed_layers")
     if not 0 < threshold <= 1:

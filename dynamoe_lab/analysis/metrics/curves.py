@@ -25,6 +25,19 @@ def importance_curves(importance: pd.DataFrame, *, points: int = 100) -> pd.Data
         formula, layer, rank_share (share of the layer's neurons, 0 to 1), cumulative_share (of the layer's
         total, 0 to 1): points + 1 rows per formula and layer, or one more than neurons if there are fewer. A
         layer of zeros gives nan.
+
+    Raises:
+        InputError: a column is missing, an importance is negative or missing, or points < 1.
+
+    Example:
+        >>> importance = pd.DataFrame({"formula": "l2", "layer": 0, "rank": range(4), "value": [4.0, 3.0, 2.0, 1.0]})
+        >>> lab.importance_curves(importance)[["rank_share", "cumulative_share"]]
+           rank_share  cumulative_share
+        0        0.00               0.0
+        1        0.25               0.4
+        2        0.50               0.7
+        3        0.75               0.9
+        4        1.00               1.0
     """
     require(importance, ("formula", "layer", "rank", "value"), "importance_curves")
     if (importance["value"] < 0).any() or importance["value"].isna().any():

@@ -39,7 +39,7 @@ def difficulty_by_token(
     """Each token's difficulty at θ beside what it might depend on.
 
     Args:
-        similarity: the frame `similarity` of one run, its rows in the order they were traced.
+        similarity: the frame `similarity` of one run (of `trace_similarity`), its rows in the order they were traced.
         theta: threshold of the labels.
         fractions: [E] share of the MLP that each expert runs.
         counts: token_id, tokens of the training text (from `token_counts`); without it frequency is nan.
@@ -48,6 +48,17 @@ def difficulty_by_token(
     Returns:
         One row per token: run, theta, layer ("all"), domain, document, position, token_id, surprisal and next_surprisal (nats), frequency
         (share of the training text; an id that never occurs there gets half a count), difficulty (0 to 1).
+
+    Raises:
+        InputError: a column is missing, the frame holds several runs, `fractions` are not E, or layers differ in their tokens.
+
+    Example:
+        >>> similarity = pd.DataFrame({"run": "a", "domain": "web", "document": 0, "position": [1, 2, 1, 2], "token_id": [5, 6, 5, 6]})
+        >>> similarity = similarity.assign(layer=[0, 0, 1, 1], surprisal=2.0, next_surprisal=1.0, similarity_0=[0.95, 0.2, 0.95, 0.95])
+        >>> lab.difficulty_by_token(similarity, 0.9, fractions=(0.5, 1.0))[["token_id", "difficulty"]]  # token 6 needs all of layer 0
+           token_id  difficulty
+        0         5        0.50
+        1         6        0.75
     """
     require(similarity, ("run", "layer", *_TOKEN), "difficulty_by_token")
     one_run(similarity, "difficulty_by_token")
@@ -85,10 +96,24 @@ def difficulty_correlations(tokens: pd.DataFrame, *, confidence: float = 0.95, r
 
     Args:
         tokens: the frame of `difficulty_by_token`, by layer or not.
+        confidence, resamples, seed: of the document bootstrap.
 
     Returns:
         run, theta, layer, covariate (surprisal, next_surprisal, log_frequency, position; those without values are left out), spearman,
         low, high, n (documents), tokens, confidence. nan where difficulty or covariate never varies.
+
+    Raises:
+        InputError: a column is missing, the frame holds several runs, or no token past position 0.
+
+    Example:
+        >>> tokens = pd.DataFrame({"run": "a", "theta": 0.9, "layer": "all", "domain": "web", "document": [0, 1, 2], "position": [1, 2, 3]})
+        >>> tokens = tokens.assign(surprisal=[1.0, 2.0, 9.0], next_surprisal=[3.0, 2.0, 1.0], frequency=0.1, difficulty=[0.3, 0.4, 0.5])
+        >>> lab.difficulty_correlations(tokens)[["covariate", "spearman"]]  # the frequency never varies
+                covariate  spearman
+        0       surprisal       1.0
+        1  next_surprisal      -1.0
+        2   log_frequency       NaN
+        3        position       1.0
     """
     rows = _later_tokens(tokens, "difficulty_correlations")
     settings = {"confidence": confidence, "resamples": resamples, "seed": seed}
@@ -115,11 +140,24 @@ def difficulty_bins(
     Args:
         tokens: the frame of `difficulty_by_token`, one row per token.
         bins: bins of equal numbers of tokens; fewer where many tokens share a value.
+        confidence, resamples, seed: of the document bootstrap.
 
     Returns:
         run, theta, covariate, bin (1, 2, ...; of covariate position also 0: position 0 alone, which no other bin holds), start, end, center
         (edges and mean of the covariate in the bin; log_frequency is log10 of a share), difficulty, low, high, tokens, documents (that have
         such tokens), confidence.
+
+    Raises:
+        InputError: a column is missing, the frame holds several runs or a row per layer, or bins < 1.
+
+    Example:
+        >>> tokens = pd.DataFrame({"run": "a", "theta": 0.9, "layer": "all", "domain": "web", "document": 0, "position": [1, 2, 3, 4]})
+        >>> tokens = tokens.assign(surprisal=[1.0, 1.0, 9.0, 9.0], next_surprisal=1.0, frequency=0.1, difficulty=[0.3, 0.5, 0.8, 1.0])
+        >>> bins = lab.difficulty_bins(tokens, bins=2)
+        >>> bins.loc[bins["covariate"] == "surprisal", ["bin", "center", "difficulty", "tokens"]]
+           bin  center  difficulty  tokens
+        0    1     1.0         0.4       2
+        1    2     9.0         0.9       2
     """
     if bins < 1:
         raise InputError(f"difficulty_bins: bins = {bins}, give a whole number of at least 1")
@@ -164,12 +202,25 @@ def difficulty_by_domain(
     """Mean share of the MLP that labels ask for, by domain and layer, with a document bootstrap; position 0 is left out.
 
     Args:
-        similarity: the frame `similarity` of one run.
+        similarity: the frame `similarity` of one run: domain, document, position, layer, similarity_0 to similarity_{E-2}.
         theta: threshold of the labels.
         fractions: [E] share of the MLP that each expert runs.
+        confidence, resamples, seed: of the document bootstrap.
 
     Returns:
         run, theta, domain, layer (also "all"), mean, low, high, tokens, documents, confidence.
+
+    Raises:
+        InputError: a column is missing, the frame holds several runs, or no token past position 0.
+
+    Example:
+        >>> similarity = pd.DataFrame({"run": "a", "domain": ["web", "web", "code", "code"], "document": [0, 0, 1, 1], "layer": 0})
+        >>> similarity = similarity.assign(position=1, similarity_0=[0.95, 0.95, 0.95, 0.2])
+        >>> means = lab.difficulty_by_domain(similarity, 0.9, fractions=(0.5, 1.0))
+        >>> means.loc[means["layer"] == "all", ["domain", "mean", "tokens"]]
+          domain  mean  tokens
+        1    web  0.50       2
+        3   code  0.75       2
     """
     require(similarity, ("run", "domain", "document", "position", "layer"), "difficulty_by_domain")
     one_run(similarity, "difficulty_by_domain")

@@ -23,6 +23,16 @@ def labels_at(similarity: pd.DataFrame, theta: float) -> np.ndarray:
 
     Returns:
         [rows] int8, 0 to E-1.
+
+    Raises:
+        InputError: no column similarity_0, one in between is missing, or theta is no cosine.
+
+    Example:
+        >>> similarity = pd.DataFrame({"similarity_0": [0.95, 0.80, 0.50], "similarity_1": [0.99, 0.92, 0.60]})
+        >>> lab.labels_at(similarity, theta=0.9)
+        array([0, 1, 2], dtype=int8)
+        >>> lab.labels_at(similarity, theta=0.6)
+        array([0, 0, 1], dtype=int8)
     """
     values = _similarities(similarity, "labels_at")
     enough = values >= _thetas([theta], "labels_at").astype(values.dtype)  # what is nan is not enough
@@ -42,6 +52,19 @@ def label_shares(similarity: pd.DataFrame, thetas: Sequence[float], *, fractions
         run, theta, domain, place ("first token", "later tokens"), layer, label, fraction (share of the MLP of that label's expert), tokens,
         share (of the tokens of that place and layer): labels that do not occur included with 0. In layer "all" a token counts once in each
         layer.
+
+    Raises:
+        InputError: a column is missing, the frame holds several runs, `fractions` are not E, or a theta is no cosine.
+
+    Example:
+        >>> similarity = pd.DataFrame({"run": "a", "domain": "web", "position": [1, 2, 3, 4], "layer": 0})
+        >>> shares = lab.label_shares(similarity.assign(similarity_0=[0.95, 0.8, 0.6, 0.2]), [0.5, 0.9], fractions=(0.5, 1.0))
+        >>> shares.loc[shares["layer"] == "all", ["theta", "label", "tokens", "share"]]
+           theta  label  tokens  share
+        2    0.5      0       3   0.75
+        3    0.5      1       1   0.25
+        6    0.9      0       1   0.25
+        7    0.9      1       3   0.75
     """
     require(similarity, ("run", "domain", "position", "layer"), "label_shares")
     one_run(similarity, "label_shares")

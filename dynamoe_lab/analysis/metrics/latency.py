@@ -36,6 +36,16 @@ def latency_ratios(latency: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         InputError: missing columns, or a round that has no dense row or several.
+
+    Example:
+        >>> place = {"run": "", "phase": "prefill", "batch": 1, "tokens": 512, "threads": 2, "device": "cpu", "dtype": "float32", "pair": 0}
+        >>> dense = {"routing": "dense", "seconds": 1.0, "mlp_seconds": 0.6, "active_mlp_fraction": 1.0, "ideal_share": 1.0}
+        >>> half = {"routing": "one expert", "seconds": 0.8, "mlp_seconds": 0.4, "active_mlp_fraction": 0.5, "ideal_share": 0.5}
+        >>> ratios = lab.latency_ratios(pd.DataFrame([place | dense, place | half]))
+        >>> ratios[["routing", "time_ratio", "realised", "speedup", "amdahl"]].round(3)  # realised: 0.3 s would do; bound: 1 / (1 - 0.3)
+              routing  time_ratio  realised  speedup  amdahl
+        0       dense         1.0      1.00     1.00   1.000
+        1  one expert         0.8      0.75     1.25   1.429
     """
     place, rows = _columns(latency, "latency_ratios")
     keys = [*place, "pair"]
@@ -58,6 +68,9 @@ def latency_ratios(latency: pd.DataFrame) -> pd.DataFrame:
 def latency_table(latency: pd.DataFrame) -> pd.DataFrame:
     """The seconds of each setting, and those that an implementation would take that pays for active work alone.
 
+    Args:
+        latency: table `latency` (of `measure_latency`), as in `latency_ratios`.
+
     Returns:
         run, phase, batch, tokens, threads, device, dtype, (sizes,) routing, seconds (median over rounds), active_mlp_fraction,
         ideal_seconds (the dense model's median seconds less the MLP work left out: its median MLP seconds * (1 - ideal_share)), low, high
@@ -65,6 +78,15 @@ def latency_table(latency: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         InputError: missing columns, or a setting without dense rows.
+
+    Example:
+        >>> place = {"run": "", "phase": "prefill", "batch": 1, "tokens": 512, "threads": 2, "device": "cpu", "dtype": "float32", "pair": 0}
+        >>> dense = {"routing": "dense", "seconds": 1.0, "mlp_seconds": 0.6, "active_mlp_fraction": 1.0, "ideal_share": 1.0}
+        >>> half = {"routing": "one expert", "seconds": 0.8, "mlp_seconds": 0.4, "active_mlp_fraction": 0.5, "ideal_share": 0.5}
+        >>> lab.latency_table(pd.DataFrame([place | dense, place | half]))[["routing", "seconds", "ideal_seconds", "n"]]
+              routing  seconds  ideal_seconds  n
+        0       dense      1.0            1.0  1
+        1  one expert      0.8            0.7  1
     """
     place, rows = _columns(latency, "latency_table")
     table = _over_rounds(rows, [*place, *_ROUTED], ("seconds",))

@@ -28,6 +28,18 @@ def mask_union(masks: pd.DataFrame, *, experts: int) -> pd.DataFrame:
     Returns:
         run, layer (also "all": the mean over neurons of all layers), count (0 to E), share (of the layer's neurons that are in so many
         experts), chance (the same, were every expert's neurons drawn independently, as many as it has), neurons.
+
+    Raises:
+        InputError: a column is missing, the frame holds several runs, or an expert or neuron is beyond E or the layer's neurons.
+
+    Example:
+        >>> masks = pd.DataFrame({"run": "a", "layer": 0, "expert": [0, 0, 1, 1], "neuron": [0, 1, 0, 1], "neurons": 4})
+        >>> union = lab.mask_union(masks, experts=2)  # both hold neurons 0 and 1
+        >>> union.loc[union["layer"] == "all", ["count", "share", "chance"]]
+           count  share  chance
+        3      0    0.5    0.25
+        4      1    0.0    0.50
+        5      2    0.5    0.25
     """
     require(masks, _MASKS, "mask_union")
     one_run(masks, "mask_union")
@@ -55,6 +67,17 @@ def attention_open(pairs: pd.DataFrame | None, routing: pd.DataFrame) -> pd.Data
     Returns:
         run, layer (also "all": the mean over layers), pairs_kept (share; nan where none is masked), values_open (mean share over tokens),
         values_low, values_high (10 and 90 % quantiles over tokens; of "all" nan), tokens.
+
+    Raises:
+        InputError: a column is missing, or a frame holds several runs.
+
+    Example:
+        >>> pairs = pd.DataFrame({"run": "a", "layer": 0, "pair": range(4), "open": [True, True, True, False]})
+        >>> routing = pd.DataFrame({"run": "a", "layer": 0, "open_values": [0.5, 1.0]})
+        >>> lab.attention_open(pairs, routing)[["layer", "pairs_kept", "values_open", "tokens"]]
+          layer  pairs_kept  values_open  tokens
+        0     0        0.75         0.75       2
+        1   all        0.75         0.75       2
     """
     require(routing, ("run", "layer", "open_values"), "attention_open")
     one_run(routing, "attention_open")
@@ -103,6 +126,14 @@ def mask_jaccard(
 
     Raises:
         InputError: the frames are of different kinds, or of models of different shapes.
+
+    Example:
+        >>> first = pd.DataFrame({"run": "a", "layer": 0, "expert": [0, 0, 1, 1], "neuron": [0, 1, 2, 3], "neurons": 4})
+        >>> second = first.assign(run="b", expert=[1, 1, 0, 0])  # the same experts, numbered the other way round
+        >>> lab.mask_jaccard(first, second)[["layer", "jaccard", "width_a", "width_b"]]
+          layer  jaccard  width_a  width_b
+        0     0      1.0      0.5      0.5
+        1   all      1.0      0.5      0.5
     """
     if draws < 1:
         raise InputError(f"mask_jaccard: draws = {draws}, give a whole number of at least 1")

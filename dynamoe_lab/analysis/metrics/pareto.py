@@ -48,6 +48,16 @@ def pareto_row(
     Returns:
         method, theta, seed, train_tokens, active_params, active_mlp_fraction, metric, value, low, high, n, time_ratio, time_low, time_high
         (time over the dense model's, nan where it was not measured).
+
+    Raises:
+        InputError: a value is missing, or more than one row is given.
+
+    Example:
+        >>> ratio = {"ratio": 1.2, "low": 1.1, "high": 1.3, "n": 25}
+        >>> active = {"active_params": 113e6, "active_mlp_fraction": 0.67}
+        >>> lab.pareto_row(ratio, active, method="router", theta=0.9)[["method", "theta", "active_mlp_fraction", "metric", "value", "n"]]
+           method  theta  active_mlp_fraction            metric  value   n
+        0  router    0.9                 0.67  perplexity_ratio    1.2  25
     """
     quality = _single(perplexity_row, ("ratio", "low", "high", "n"), "pareto_row: perplexity_row")
     if isinstance(active_row, pd.DataFrame) and "layer" in active_row.columns:
@@ -80,6 +90,16 @@ def accuracy_rows(scores: pd.DataFrame, documents: pd.DataFrame, *, bootstrap: i
 
     Raises:
         InputError: no rows of method "dense"; other documents than it has; as `benchmark_deltas`.
+
+    Example:
+        >>> case = {"run": "a", "theta": 0.9, "seed": 0, "train_tokens": 0, "task": "sciq", "metric": "acc"}
+        >>> right = {"dense": [1, 1, 1, 0], "router": [1, 1, 0, 0]}
+        >>> rows = [case | {"method": method, "doc_id": at, "value": value} for method in right for at, value in enumerate(right[method])]
+        >>> scores = [case | {"method": method, "split": "test", "value": np.mean(right[method])} for method in right]
+        >>> lab.accuracy_rows(pd.DataFrame(scores), pd.DataFrame(rows))[["method", "metric", "value", "n", "chance", "told_apart"]]
+           method            metric  value  n  chance  told_apart
+        0   dense  average_accuracy   0.75  4    0.25       False
+        1  router  average_accuracy   0.50  4    0.25       False
     """
     keys = ["method", "theta", "seed", "train_tokens"]
     require(scores, (*keys, "task", "split", "metric", "value"), "accuracy_rows: scores")
@@ -120,6 +140,19 @@ def pareto_points(pareto: pd.DataFrame, *, cost: str = "active_params") -> pd.Da
         perplexities and their ratios the geometric one), low, high (of the only seed, or the lowest and highest end over seeds), n,
         seeds, time_ratio (mean over seeds), time_low, time_high (as low and high; nan where not measured), dominated. A setting without θ
         (static) is told by its active fraction.
+
+    Raises:
+        InputError: a column is missing, or `cost` is none of the three.
+
+    Example:
+        >>> pareto = pd.DataFrame({"method": "router", "theta": [0.7, 0.8, 0.9], "seed": 0, "train_tokens": 0})
+        >>> pareto = pareto.assign(metric="perplexity_ratio", active_params=[90e6, 100e6, 113e6], value=[2.0, 2.1, 1.5])
+        >>> points = lab.pareto_points(pareto.assign(active_mlp_fraction=0.5, low=np.nan, high=np.nan, n=25))
+        >>> points[["theta", "active_params", "value", "dominated"]]  # 0.8 costs more than 0.7 and is worse
+           theta  active_params  value  dominated
+        0    0.7     90000000.0    2.0      False
+        1    0.8    100000000.0    2.1       True
+        2    0.9    113000000.0    1.5      False
     """
     groups, how = _settings(pareto, "pareto_points"), {"sort": False, "dropna": False}
     rows = pareto.assign(setting=groups, n=pareto["n"].astype(np.int64))
@@ -159,6 +192,23 @@ def pareto_front(pareto: pd.DataFrame) -> pd.DataFrame:
     """The table `pareto` with a column `dominated`: is another setting at least as cheap and as good (see `pareto_points`)?
 
     Seeds of one setting are judged together, by their mean, so that a lucky seed does not make the front.
+
+    Args:
+        pareto: as in `pareto_points`; what a setting costs is its active_params.
+
+    Returns:
+        The rows of `pareto`, in their order, and dominated (bool).
+
+    Raises:
+        InputError: a column is missing.
+
+    Example:
+        >>> pareto = pd.DataFrame({"method": ["router", "random"], "theta": 0.9, "seed": 0, "train_tokens": 0})
+        >>> pareto = pareto.assign(metric="perplexity_ratio", active_params=113e6, active_mlp_fraction=0.6, value=[1.5, 2.5])
+        >>> lab.pareto_front(pareto.assign(low=np.nan, high=np.nan, n=25))[["method", "value", "dominated"]]  # as wide, but worse
+           method  value  dominated
+        0  router    1.5      False
+        1  random    2.5       True
     """
     groups = _settings(pareto, "pareto_front")
     order = dict(zip(dict.fromkeys(groups), pareto_points(pareto)["dominated"], strict=True))
@@ -193,6 +243,18 @@ def static_comparison(
         One row: method, theta, seed, train_tokens, active_params, static_params, active_mlp_fraction (router), static_fraction, perplexity
         (router), static_perplexity, ratio (router's over the static cut's, paired by document; below 1 the router is better), low, high, n
         (documents), tokens, confidence.
+
+    Raises:
+        InputError: a column is missing, or the two were measured on other documents.
+
+    Example:
+        >>> static = pd.DataFrame({"document": [0, 1, 2], "nll": [20.0, 30.0, 50.0], "tokens": [10, 10, 20], "positions": [10, 10, 20]})
+        >>> static = static.assign(active_mlp_fraction=0.75)
+        >>> router = static.assign(nll=static["nll"] - 0.1 * static["tokens"], active_mlp_fraction=0.5)  # 0.1 nats better at every token
+        >>> row = lab.static_comparison(router, static, active_params=113e6, static_params=113e6, theta=0.9)
+        >>> row[["active_mlp_fraction", "static_fraction", "ratio", "low", "high", "n"]].round(3)
+           active_mlp_fraction  static_fraction  ratio    low   high  n
+        0                  0.5             0.75  0.905  0.905  0.905  3
     """
     for losses in (router_losses, static_losses):
         require(losses, ("document", "nll", "tokens", "positions", "active_mlp_fraction"), "static_comparison")

@@ -22,13 +22,24 @@ def routed_losses(routing: pd.DataFrame, *, fractions: Fractions) -> pd.DataFram
     """What each document lost and what it cost, from the trace of one run.
 
     Args:
-        routing: the frame `routing`, one run; surprisal is NaN where a token was not predicted (position 0 of a block).
+        routing: the frame `routing`, one run: domain, document, layer, expert, surprisal (nats; NaN where a token was not predicted:
+            position 0 of a block), and label where the method has labels.
         fractions: share of the MLP that each expert runs: [E], [L, E], or the frame of `lab.expert_fractions`.
 
     Returns:
         run, document, domain, nll (nats, summed over predicted tokens), tokens (predicted), positions (tokens run), active_mlp_fraction
         (mean over the document's tokens and layers), and where the method has labels correct (share of token and layer cells whose
         expert was the label).
+
+    Raises:
+        InputError: a column is missing, the frame holds several runs, or `fractions` says nothing about a layer or expert of it.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "domain": "web", "document": 0, "layer": [0, 0, 1, 1], "expert": [0, 1, 1, 1]})
+        >>> losses = lab.routed_losses(routing.assign(surprisal=[np.nan, 2.0, np.nan, 2.0]), fractions=(0.5, 1.0))  # two tokens, two layers
+        >>> losses[["document", "nll", "tokens", "positions", "active_mlp_fraction"]]
+           document  nll  tokens  positions  active_mlp_fraction
+        0         0  2.0       1          2                0.875
     """
     require(routing, ("run", "domain", "document", "layer", "expert", "surprisal"), "routed_losses")
     one_run(routing, "routed_losses")
@@ -70,10 +81,18 @@ def perplexity_ratio(
         (ratio NaN).
 
     Raises:
-        InputError: the reference was measured on other documents.
+        InputError: no token was predicted, or the reference was measured on other documents.
+
+    Example:
+        >>> dense = pd.DataFrame({"document": [0, 1, 2], "nll": [20.0, 30.0, 50.0], "tokens": [10, 10, 20]})
+        >>> losses = dense.assign(nll=dense["nll"] + 0.1 * dense["tokens"])  # 0.1 nats more for every token
+        >>> lab.perplexity_ratio(losses, dense)[["n", "ratio", "low", "high"]].round(3)
+           n  ratio    low   high
+        0  3  1.105  1.105  1.105
     """
     require(losses, ("document", "nll", "tokens"), "perplexity_ratio")
     every, losses = losses, losses[losses["tokens"] > 0]  # of some documents only a block's first token was read
+    require(losses, (), "perplexity_ratio: documents with predicted tokens")
     tokens = int(losses["tokens"].sum())
     if run is None:
         run = str(losses["run"].iloc[0]) if "run" in losses else ""

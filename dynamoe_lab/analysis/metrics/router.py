@@ -24,7 +24,7 @@ def router_confusion(routing: pd.DataFrame, *, theta: float, experts: int | None
     """How often each label went to each expert, per layer.
 
     Args:
-        routing: the frame `routing`.
+        routing: the frame `routing`: run, domain, document, layer, label, expert; a row per token and layer.
         theta: threshold of the labels in it; copied into the result.
         experts: number of experts E; None: the highest label or expert in the frame.
 
@@ -32,6 +32,18 @@ def router_confusion(routing: pd.DataFrame, *, theta: float, experts: int | None
         run, theta, layer, label, expert, tokens, share: one row per layer and pair, pairs that never occur
         included. `share` is of the layer's tokens with that label, so it sums to 1 over experts; nan where a
         layer has no such label.
+
+    Raises:
+        InputError: a column is missing, or an expert or label is not below `experts`.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "domain": "web", "document": 0, "layer": 0, "label": [0, 0, 1, 1], "expert": [0, 1, 1, 1]})
+        >>> lab.router_confusion(routing, theta=0.9)[["label", "expert", "tokens", "share"]]
+           label  expert  tokens  share
+        0      0       0       1    0.5
+        1      0       1       1    0.5
+        2      1       0       0    0.0
+        3      1       1       2    1.0
     """
     parts = []
     for tally in tallies(routing, experts, "router_confusion"):
@@ -49,8 +61,21 @@ def router_confusion(routing: pd.DataFrame, *, theta: float, experts: int | None
 def pool_layers(confusion: pd.DataFrame) -> pd.DataFrame:
     """The confusion of all layers together, where a token counts once in each layer.
 
+    Args:
+        confusion: the frame of `router_confusion`: run, theta, layer, label, expert, tokens.
+
     Returns:
         The columns of `router_confusion`, with layer "all".
+
+    Raises:
+        InputError: a column is missing.
+
+    Example:
+        >>> confusion = pd.DataFrame({"run": "a", "theta": 0.9, "layer": [0, 0, 1, 1], "label": 0, "expert": [0, 1, 0, 1]})
+        >>> lab.pool_layers(confusion.assign(tokens=[3, 1, 1, 3]))[["layer", "label", "expert", "tokens", "share"]]
+          layer  label  expert  tokens  share
+        0   all      0       0       4    0.5
+        1   all      0       1       4    0.5
     """
     require(confusion, ("run", "theta", "layer", "label", "expert", "tokens"), "pool_layers")
     keys = ["run", "theta", "label", "expert"]
@@ -75,7 +100,7 @@ def router_chance(
     """A router's accuracy and neighbouring errors beside what chance gives, per layer and for all layers.
 
     Args:
-        routing: the frame `routing`, here with token_id.
+        routing: the frame `routing`: run, domain, document, token_id, layer, label, expert; a row per token and layer.
         theta: threshold of the labels in it; copied into the result.
         experts: number of experts; None: the highest label or expert in the frame.
         folds: groups of documents for `token_id`.
@@ -100,6 +125,16 @@ def router_chance(
           other experts; neighbour_minus_chance: share minus chance
         - distance: mean |expert - label| over all tokens, in experts; distance_chance: if independent
         - <name>_low, <name>_high for accuracy, token_id, the differences, neighbour_share and distance
+
+    Raises:
+        InputError: a column is missing, or an expert or label is not below `experts`.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "domain": "web", "document": 0, "layer": 0, "label": [0, 0, 0, 1], "expert": [0, 0, 1, 1]})
+        >>> chance = lab.router_chance(routing.assign(token_id=7), theta=0.9)
+        >>> chance.loc[chance["layer"] == "all", ["accuracy", "majority", "marginals"]]  # 3/4 are right; 3/4 * 2/4 + 1/4 * 2/4 by chance
+           accuracy  majority  marginals
+        1      0.75      0.75        0.5
     """
     settings = {"confidence": confidence, "resamples": resamples, "seed": seed}
     parts = []
@@ -208,12 +243,31 @@ def error_distance(
 ) -> pd.DataFrame:
     """How far and to which side the router misses, per layer and for all layers ("all").
 
+    Args:
+        routing: the frame `routing`: run, domain, document, layer, label, expert; a row per token and layer.
+        experts: number of experts E; None: the highest label or expert in the frame.
+        confidence, resamples, seed: of the document bootstrap.
+
     Returns:
         - run, layer, distance: expert - label, in experts; negative: too small an expert
         - share, tokens: of all tokens of the layer; chance: the share if expert and label were independent
         - error_share, error_low, error_high: of the errors alone, with its document bootstrap; error_chance:
           if independent. nan at distance 0
         - confidence: of the interval
+
+    Raises:
+        InputError: a column is missing, or an expert or label is not below `experts`.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "domain": "web", "document": 0, "layer": 0, "label": [0, 0, 1, 2], "expert": [0, 1, 2, 0]})
+        >>> errors = lab.error_distance(routing)
+        >>> errors.loc[errors["layer"] == "all", ["distance", "share", "error_share"]]
+           distance  share  error_share
+        5        -2   0.25     0.333333
+        6        -1   0.00     0.000000
+        7         0   0.25          NaN
+        8         1   0.50     0.666667
+        9         2   0.00     0.000000
     """
     settings = {"confidence": confidence, "resamples": resamples, "seed": seed}
     parts = []

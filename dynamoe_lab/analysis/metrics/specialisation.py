@@ -77,6 +77,16 @@ def specialisation(
 
     Raises:
         InputError: a token id without a class, or no factor with two levels.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "document": np.repeat(range(6), 10), "position": 1, "layer": 0, "token_id": [1, 2] * 30})
+        >>> routing = routing.assign(domain=np.where(routing["document"] < 3, "code", "web"), expert=(routing["document"] < 3).astype(int))
+        >>> classes = pd.DataFrame({"token_id": [1, 2], "token_class": ["word", "digits"]})
+        >>> found = lab.specialisation(routing, classes, experts=2, permutations=100)
+        >>> found.loc[found["layer"] == "all", ["factor", "association", "levels", "clusters"]].round(2)  # the domain decides
+                factor  association  levels  clusters
+        1       domain          1.0       2         6
+        3  token class          0.0       2         2
     """
     for name, value in (("permutations", permutations), ("resamples", resamples)):
         if value < 2:
@@ -128,6 +138,19 @@ def expert_choice(
 
     Returns:
         run, factor, level (the domain or class; "all": all tokens), layer, expert, share, tokens: unused experts included with 0.
+
+    Raises:
+        InputError: a column or a token's class is missing, or an expert is not below `experts`.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "document": 0, "position": 1, "layer": 0, "token_id": [1, 1, 2, 2], "expert": [0, 1, 1, 1]})
+        >>> classes = pd.DataFrame({"token_id": [1, 2], "token_class": ["word", "digits"]})
+        >>> choice = lab.expert_choice(routing.assign(domain="web"), classes, experts=2, least=1)
+        >>> choice.loc[(choice["factor"] == "token class") & (choice["expert"] == 1), ["level", "share", "tokens"]]
+            level  share  tokens
+        5  digits   1.00       2
+        7    word   0.50       1
+        9     all   0.75       3
     """
     rows = _rows(routing, classes, "expert_choice", experts, without)
     layers = np.sort(routing["layer"].unique()).astype(np.int64)

@@ -23,7 +23,7 @@ def expert_usage(routing: pd.DataFrame, *, theta: float = math.nan, by_domain: b
     """The share of each layer's tokens that each expert took.
 
     Args:
-        routing: the frame `routing`; a column `label` is not needed.
+        routing: the frame `routing`: run, domain, document, layer, expert; a row per token and layer.
         theta: threshold it was made with; copied into the result. NaN where the method has none.
         by_domain: a set of rows per domain; else all domains together, domain "all".
         experts: number of experts; None: the highest label or expert in the frame.
@@ -31,6 +31,18 @@ def expert_usage(routing: pd.DataFrame, *, theta: float = math.nan, by_domain: b
     Returns:
         run, theta, domain, layer, expert, share, tokens: one row per layer and expert, unused experts
             included with 0.
+
+    Raises:
+        InputError: a column is missing, or an expert is not below `experts`.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "domain": "web", "document": 0, "layer": [0, 0, 1, 1], "expert": [0, 0, 0, 1]})
+        >>> lab.expert_usage(routing)[["layer", "expert", "share", "tokens"]]
+           layer  expert  share  tokens
+        0      0       0    1.0       2
+        1      0       1    0.0       0
+        2      1       0    0.5       1
+        3      1       1    0.5       1
     """
     parts = []
     for tally in tallies(_labelled(routing), experts, "expert_usage", by_domain=by_domain):
@@ -91,13 +103,25 @@ def active_fraction(
     bootstrap.
 
     Args:
-        routing: the frame `routing`; a column `label` is not needed.
+        routing: the frame `routing`: run, domain, document, layer, expert; a row per token and layer.
         theta: threshold it was made with; copied into the result. NaN where the method has none.
         fractions: share of the MLP that each expert runs: [E], [L, E], or the frame of `lab.expert_fractions`.
         by_domain: rows per domain; else all domains together, domain "all".
+        confidence, resamples, seed: of the document bootstrap.
 
     Returns:
         run, theta, domain, layer, active_fraction, low, high, tokens, documents, confidence.
+
+    Raises:
+        InputError: a column is missing, or `fractions` says nothing about a layer or expert of the frame.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "domain": "web", "document": 0, "layer": [0, 0, 1, 1], "expert": [0, 0, 0, 1]})
+        >>> lab.active_fraction(routing, fractions=(0.5, 1.0))[["layer", "active_fraction", "tokens"]]
+          layer  active_fraction  tokens
+        0     0            0.500       2
+        1     1            0.750       2
+        2   all            0.625       4
     """
     parts = []
     experts = expert_count(fractions, "active_fraction")

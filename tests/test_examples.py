@@ -1,0 +1,45 @@
+"""The examples in docstrings run as they stand, and every public function has one.
+
+They are written for a reader who has typed `import dynamoe_lab as lab` and the usual numpy as np, pandas as pd and torch; each starts anew,
+in an empty folder. White space in an output does not matter, `...` stands for anything.
+"""
+
+import ast
+import doctest
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "dynamoe_lab"
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+def examples() -> list:
+    """Every docstring with an example, found without importing its module."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            if documented and ">>>" in (text := ast.get_docstring(node) or ""):
+                name, line = getattr(node, "name", "module"), node.body[0].lineno
+                marks = [pytest.mark.assets] if "smollm2" in text else []  # it loads a default model, its tokenizer or text
+                found.append(pytest.param(path, name, text, line, id=f"{path.relative_to(PACKAGE)}:{name}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("path", "name", "text", "line"), examples())
+def test_example(path, name, text, line, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import pandas as pd
+    import torch
+
+    import dynamoe_lab as lab
+
+    monkeypatch.chdir(tmp_path)
+    test = doctest.DocTestParser().get_doctest(text, {"lab": lab, "np": np, "pd": pd, "torch": torch}, name, str(path), line - 1)
+    told: list[str] = []
+    doctest.DocTestRunner(verbose=False, optionflags=FLAGS).run(test, out=told.append)
+    plt.close("all")
+    if told:
+        pytest.fail("".join(told), pytrace=False)
