@@ -19,6 +19,16 @@ def ablation_finding(sweep: pd.DataFrame, *, axis: str, metric: str = "perplexit
     Args:
         sweep: the table `sweep`; at most one more axis may vary.
         axis, metric: what to compare.
+
+    Raises:
+        InputError: as `ablation_table`.
+
+    Example:
+        >>> sweep = pd.DataFrame({"train.lr": [1e-4, 1e-3], "mode": "router", "metric": "perplexity_ratio", "value": [1.8, 1.5]})
+        >>> sweep = sweep.assign(low=sweep["value"] - 0.1, high=sweep["value"] + 0.1, n=25, active_mlp_fraction=0.67, status="ok")
+        >>> print(lab.ablation_finding(sweep, axis="train.lr"))
+        perplexity_ratio by train.lr (n = 25 documents): router: best is 0.001: 1.5 (1.4 to 1.6) at 67 % of the MLP, its interval
+        apart from every other; next 0.0001: 1.8 (1.7 to 1.9) at 67 % of the MLP.
     """
     table = ablation_table(sweep, axis=axis, metric=metric)
     cases = [rows for _, rows in table.groupby(["facet", "mode"], sort=False)]

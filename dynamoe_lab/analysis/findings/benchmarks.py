@@ -24,6 +24,16 @@ def benchmark_finding(deltas: pd.DataFrame, *, reference: str = "the dense model
     Args:
         deltas: of `benchmark_deltas`, one metric; with a column `split` the sentence says what is not lm-eval's own.
         reference: whose scores the deltas are differences to, as the sentence says it.
+
+    Raises:
+        InputError: a column is missing.
+
+    Example:
+        >>> dense = pd.DataFrame({"run": "dense", "task": "sciq", "doc_id": range(10), "metric": "acc", "value": 1.0})
+        >>> router = dense.assign(run="router", value=[0.0] * 6 + [1.0] * 4)  # six documents are lost, none is gained
+        >>> print(lab.benchmark_finding(lab.benchmark_deltas(router, dense)))
+        Router below the dense model's in accuracy by McNemar's exact test, adjusted for all tasks: SciQ -60.0 points (..., p = 0.031)
+        (n = 10 documents a task).
     """
     require(deltas, _NEEDED, "benchmark_finding")
     texts = []

@@ -17,6 +17,17 @@ def difficulty_finding(correlations: pd.DataFrame) -> str:
 
     Args:
         correlations: the frame of `difficulty_correlations`, one run; the rows of layer "all".
+
+    Raises:
+        InputError: a column or the rows of layer "all" are missing, or the frame holds several runs.
+
+    Example:
+        >>> rows = pd.DataFrame({"covariate": ["surprisal", "log_frequency"], "spearman": [-0.03, -0.38], "low": [-0.11, -0.42]})
+        >>> rows = rows.assign(high=[0.09, -0.33], run="a", theta=0.9, layer="all", n=25, tokens=8925, confidence=0.95)
+        >>> print(lab.difficulty_finding(rows))
+        At θ = 0.9 a token's difficulty, the mean share of the MLP that its labels ask for, falls with its id's frequency in training
+        text (-0.38, -0.42 to -0.33) and has no relation beyond its interval to its surprisal (-0.03, -0.11 to +0.09) (Spearman, 95 %
+        intervals over documents; n = 25 documents, 8,925 tokens, position 0 left out).
     """
     needed = ("run", "theta", "layer", "covariate", "spearman", "low", "high", "n", "tokens", "confidence")
     require(correlations, needed, "difficulty_finding")
@@ -45,6 +56,17 @@ def label_share_finding(shares: pd.DataFrame, theta: float) -> str:
     Args:
         shares: the frame of `label_shares`, one run and domain.
         theta: the threshold that is told; the nearest one in the frame is taken.
+
+    Raises:
+        InputError: a column or the rows of later tokens are missing, or the frame holds several runs or domains.
+
+    Example:
+        >>> similarity = pd.DataFrame({"run": "a", "domain": "web", "position": [1, 2, 3, 4], "layer": 0})
+        >>> shares = lab.label_shares(similarity.assign(similarity_0=[0.95, 0.8, 0.6, 0.2]), [0.5, 0.9], fractions=(0.5, 1.0))
+        >>> print(lab.label_share_finding(shares, theta=0.9))
+        At θ = 0.9 labels ask for 87.5 % of the MLP on average, from 87.5 % in layer 0 to 87.5 % in layer 0; over thresholds the mean
+        goes from 62 % at θ = 0.5 to 88 % at θ = 0.9; one label covers 99 % or more of the tokens in 0 of 1 layers (n = 4 tokens in
+        each layer).
     """
     needed = ("run", "theta", "domain", "place", "layer", "label", "fraction", "tokens", "share")
     require(shares, needed, "label_share_finding")
@@ -79,6 +101,16 @@ def difficulty_domain_finding(means: pd.DataFrame) -> str:
 
     Args:
         means: the frame of `difficulty_by_domain`, one run.
+
+    Raises:
+        InputError: a column or the rows of layer "all" are missing, or the frame holds several runs.
+
+    Example:
+        >>> means = pd.DataFrame({"run": "a", "theta": 0.9, "domain": ["web", "code"], "layer": "all", "mean": [0.5, 0.8], "tokens": 512})
+        >>> means = means.assign(low=means["mean"] - 0.1, high=means["mean"] + 0.1, documents=25, confidence=0.95)
+        >>> print(lab.difficulty_domain_finding(means))
+        Mean share of the MLP that labels ask for at θ = 0.9 by domain, with 95 % intervals over n documents: web 50.0 % (40.0 % to
+        60.0 %, n = 25) and code 80.0 % (70.0 % to 90.0 %, n = 25); the extremes, web and code, differ (30.0 points).
     """
     needed = ("run", "theta", "domain", "layer", "mean", "low", "high", "tokens", "documents", "confidence")
     require(means, needed, "difficulty_domain_finding")

@@ -25,6 +25,17 @@ def latency_finding(ratios: pd.DataFrame, *, phase: str = "prefill") -> str:
         ratios: the frame of `latency_ratios`, one run. A time is called less than the dense model's only if its 90 % quantile over rounds
             is.
         phase: "prefill" (its largest setting is told) or "decode" (that of the smallest batch).
+
+    Raises:
+        InputError: a column is missing, or no row of a converted model in this phase.
+
+    Example:
+        >>> ratios = pd.DataFrame({"phase": "prefill", "batch": 1, "tokens": 1024, "routing": ["one expert"], "n": 5})
+        >>> ratios = ratios.assign(active_mlp_fraction=0.5, realised=0.75, amdahl=1 / 0.7)
+        >>> print(lab.latency_finding(ratios.assign(time_ratio=0.8, time_ratio_low=0.78, time_ratio_high=0.83)))
+        With 50 % of the MLP active a prefill of 1 × 1024 tokens takes 80 % (78 % to 83 %) of the dense model's time (Amdahl's bound
+        70 %): of the ideal speed the MLPs reach 75 % with one expert for all tokens (medians, 10 to 90 % quantiles, n = 5 rounds
+        beside the dense model).
     """
     require(ratios, _NEEDED, "latency_finding")
     rows = told_setting(ratios, phase)
@@ -67,6 +78,14 @@ def time_parts_finding(parts: pd.DataFrame) -> str:
 
     Args:
         parts: the frame of `time_parts`, several runs; the first run of a phase, the dense model, is told beside the last.
+
+    Raises:
+        InputError: a column is missing.
+
+    Example:
+        >>> parts = pd.DataFrame({"part": ["MLP", "attention", "head"], "seconds": [0.6, 0.3, 0.1]})
+        >>> print(lab.time_parts_finding(parts.assign(run="dense", phase="prefill", batch=1, tokens=1024)))
+        A prefill of 1 × 1024 tokens takes: dense 1.00 s, of which 60 % MLPs, 30 % attention and 10 % head.
     """
     require(parts, ("run", "phase", "batch", "tokens", "part", "seconds"), "time_parts_finding")
     texts = []
@@ -94,6 +113,17 @@ def cost_growth_finding(ratios: pd.DataFrame) -> str:
 
     Args:
         ratios: the frame of `latency_ratios` with hidden_size, intermediate_size, experts: a routing per phase, see `growth_studies`.
+
+    Raises:
+        InputError: a column is missing, or nothing grows.
+
+    Example:
+        >>> rows = pd.DataFrame({"phase": "prefill", "batch": 1, "tokens": [64, 1024], "routing": "mixed", "n": 5})
+        >>> rows = rows.assign(hidden_size=64, intermediate_size=256, experts=4, active_mlp_fraction=0.5)
+        >>> rows = rows.assign(time_ratio=0.8, realised=[0.6, 0.9])
+        >>> print(lab.cost_growth_finding(rows.assign(realised_low=rows["realised"] - 0.1, realised_high=rows["realised"] + 0.1)))
+        What the MLPs of random models reach of the ideal speed with about 50 % active: from 64 to 1024 tokens prefill 60 % to 90 %
+        (rises) (medians of n = 5 rounds; falls and rises where the 10 to 90 % quantiles lie apart).
     """
     require(ratios, ("phase", "realised", "realised_low", "realised_high", "time_ratio", "active_mlp_fraction", "n"), "cost_growth_finding")
     studies = growth_studies(ratios)

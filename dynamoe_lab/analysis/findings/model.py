@@ -17,6 +17,14 @@ def conversion_finding(change: pd.DataFrame, *, tolerance: float = 0.01) -> str:
             (share of tokens with the same most likely next token) and tokens.
         tolerance: largest max_abs called rounding, in logits. Logits that change by at most d change no log-probability by more
             than 2 d nats; float32 sums in another order give some 1e-4.
+
+    Raises:
+        InputError: a column is missing, or the frame has not one row.
+
+    Example:
+        >>> print(lab.conversion_finding(pd.DataFrame([{"max_abs": 1e-4, "agreement": 1.0, "tokens": 8192}])))
+        At full width the converted model computes the same function as the dense one: over 8,192 tokens no logit changes by more than
+        0.0001, and the most likely next token is the same for 100 % of them.
     """
     row = one_row(change, ("max_abs", "agreement", "tokens"), "conversion_finding")
     same = row["max_abs"] <= tolerance
@@ -37,6 +45,17 @@ def training_finding(steps: pd.DataFrame, *, window: int = 10, dense_loss: float
         steps: run, step, tokens, lm_loss, router_loss, router_accuracy, active_mlp_fraction of one run (`steps`).
         window: steps averaged; at most half of them.
         dense_loss: LM loss of the dense model on the same kind of text.
+
+    Raises:
+        InputError: a column is missing, or the frame holds several runs.
+
+    Example:
+        >>> steps = pd.DataFrame({"run": "a", "step": [1, 2, 3, 4], "tokens": [512, 1024, 1536, 2048], "lm_loss": [5.0, 5.0, 4.0, 4.0]})
+        >>> steps = steps.assign(router_loss=[1.4, 1.4, 0.7, 0.7], router_accuracy=[0.3, 0.3, 0.7, 0.7], active_mlp_fraction=0.6)
+        >>> print(lab.training_finding(steps, dense_loss=3.7))
+        In 4 steps (2,048 tokens) the LM loss went from 5.00 to 4.00 nats per token (dense model on held-out text: 3.70); it was still
+        falling at the end (-1.00 ± 0.00); the router loss went from 1.40 to 0.70, router accuracy from 30 % to 70 %, with 60 % of the
+        MLP neurons active (means of 2 steps).
     """
     needed = ("step", "tokens", "lm_loss", "router_loss", "router_accuracy", "active_mlp_fraction")
     require(steps, ("run", *needed), "training_finding")
@@ -71,6 +90,15 @@ def perplexity_finding(perplexity: pd.DataFrame, *, confidence: float = 0.95) ->
             low, high; the ratio to the dense model is paired by document. Without a reference (ratio nan) low and high are those of
             the perplexity. A column active_mlp_fraction is told, too: a ratio without its compute says little.
         confidence: of the intervals low to high.
+
+    Raises:
+        InputError: a column is missing.
+
+    Example:
+        >>> row = {"run": "router", "n": 25, "tokens": 8160, "perplexity": 60.0, "reference_perplexity": 40.0, "ratio": 1.5}
+        >>> print(lab.perplexity_finding(pd.DataFrame([row | {"low": 1.34, "high": 1.64, "active_mlp_fraction": 0.67}])))
+        router: with 67 % of the MLP neurons, perplexity 60.0, above the dense model's 40.0 on the same documents: ratio 1.500 (95 %
+        interval 1.340 to 1.640; n = 25 documents, 8,160 tokens).
     """
     needed = ("run", "n", "tokens", "perplexity", "reference_perplexity", "ratio", "low", "high")
     require(perplexity, needed, "perplexity_finding")
@@ -96,6 +124,15 @@ def active_params_finding(params: pd.DataFrame) -> str:
     Args:
         params: layer (with a row "all" for the whole model), mlp_active, mlp_total, active_mlp_fraction, router,
             other, active_params, total_params: mean counts per token.
+
+    Raises:
+        InputError: a column or the row "all" is missing.
+
+    Example:
+        >>> counts = {"mlp_total": 80e6, "active_mlp_fraction": 0.5, "router": 5e6, "other": 55e6}
+        >>> print(lab.active_params_finding(pd.DataFrame([counts | {"layer": "all", "active_params": 100e6, "total_params": 140e6}])))
+        A token uses 100 M of 140 M parameters (71.4 %; 74.1 % of the dense model's 135 M): 50.0 % of the MLPs' 80 M, plus 5 M of the
+        routers and 55 M that always run.
     """
     needed = ("layer", "mlp_total", "active_mlp_fraction", "router", "other", "active_params", "total_params")
     require(params, needed, "active_params_finding")

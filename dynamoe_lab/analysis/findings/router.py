@@ -16,6 +16,18 @@ def router_finding(chance: pd.DataFrame) -> str:
 
     Args:
         chance: the frame of `router_chance`, one run.
+
+    Raises:
+        InputError: a column or the row "all" is missing, or the frame holds several runs.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "domain": "web", "document": range(6), "layer": 0, "token_id": 7})
+        >>> routing = routing.assign(label=[0, 0, 0, 0, 1, 1], expert=[0, 0, 0, 0, 1, 1])  # no error, but six documents
+        >>> chance = lab.router_chance(routing, theta=0.9)
+        >>> print(lab.router_finding(chance))
+        The router is right for 100 % of tokens (95 % interval 100 % to 100 %; n = 6 tokens in each of 1 layers, 6 documents), not
+        distinguishable from the commonest label of each layer (66.7 %; difference +33.3 points, ...) and not distinguishable from a
+        router that sees only the token id (66.7 %; difference +33.3 points, ...); layer by layer ... in 1.
     """
     rows, row = _chance(chance, "router_finding")
     against = against_text(row, "minus_majority", "the commonest label of each layer", row["majority"])
@@ -36,6 +48,17 @@ def neighbour_finding(chance: pd.DataFrame) -> str:
 
     Args:
         chance: the frame of `router_chance`, one run.
+
+    Raises:
+        InputError: a column or the row "all" is missing, or the frame holds several runs.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "domain": "web", "document": range(4), "layer": 0, "token_id": 7, "label": [0, 0, 2, 2]})
+        >>> chance = lab.router_chance(routing.assign(expert=[0, 1, 1, 0]), theta=0.9)  # three errors, two of them by one expert
+        >>> print(lab.neighbour_finding(chance))
+        66.7 % of the router's errors miss by exactly one expert (95 % interval ...; n = 3 errors in 4 documents), not distinguishable
+        from the 66.7 % that would if expert and label were independent (difference +0.0 points, ...); errors spread evenly over the
+        other experts would give 50.0 %.
     """
     _, row = _chance(chance, "neighbour_finding")
     errors, documents = int(row["errors"]), int(row["documents"])

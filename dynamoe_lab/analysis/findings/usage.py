@@ -17,6 +17,17 @@ def usage_finding(active: pd.DataFrame, *, usage: pd.DataFrame | None = None) ->
     Args:
         active: the frame of `active_fraction`, one run and one domain (or "all").
         usage: the frame of `expert_usage` of the same routing; adds in how many layers one expert takes nearly all.
+
+    Raises:
+        InputError: a column or the row "all" is missing, or the frame holds several runs or domains.
+
+    Example:
+        >>> active = pd.DataFrame({"layer": [0, 1, "all"], "active_fraction": [0.5, 0.9, 0.7], "documents": 25, "confidence": 0.95})
+        >>> active = active.assign(low=active["active_fraction"] - 0.1, high=active["active_fraction"] + 0.1)
+        >>> active = active.assign(run="a", domain="all", tokens=256)
+        >>> print(lab.usage_finding(active))
+        Averaged over layers a token runs 70.0 % (60.0 % to 80.0 %) of the MLP neurons, from 50.0 % (40.0 % to 60.0 %) in layer 0 to
+        90.0 % (80.0 % to 100 %) in layer 1 (95 % intervals; n = 256 tokens in each of 2 layers, 25 documents).
     """
     require(active, _ACTIVE, "usage_finding")
     one_run(active, "usage_finding")
@@ -46,6 +57,16 @@ def domain_finding(active: pd.DataFrame) -> str:
 
     Args:
         active: the frame of `active_fraction(..., by_domain=True)`, one run.
+
+    Raises:
+        InputError: a column is missing, or the frame holds several runs.
+
+    Example:
+        >>> active = pd.DataFrame({"run": "a", "domain": ["code", "web"], "layer": "all", "active_fraction": [0.5, 0.8], "tokens": 256})
+        >>> active = active.assign(low=active["active_fraction"] - 0.1, high=active["active_fraction"] + 0.1, documents=25, confidence=0.95)
+        >>> print(lab.domain_finding(active))
+        Mean active MLP neurons by domain, with 95 % intervals over n documents: code 50.0 % (40.0 % to 60.0 %, n = 25) and web 80.0 %
+        (70.0 % to 90.0 %, n = 25); the extremes, code and web, differ (30.0 points).
     """
     require(active, _ACTIVE, "domain_finding")
     one_run(active, "domain_finding")
