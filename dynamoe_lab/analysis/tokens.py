@@ -49,6 +49,15 @@ def render_tokens(routing: pd.DataFrame, *, fractions: Fractions, title: str = "
 
     Returns:
         A self-contained fragment; the colour scale runs from this text's cheapest token (white) to its dearest (blue).
+
+    Raises:
+        InputError: a column is missing, or `fractions` says nothing about a layer or expert of the frame.
+
+    Example:
+        >>> routing = pd.DataFrame({"position": [0, 1], "token": ["Hi", " <b>"], "layer": 0, "expert": [0, 1], "surprisal": [np.nan, 2.0]})
+        >>> html = lab.render_tokens(routing, fractions=(0.5, 1.0))
+        >>> html.count('class="dml-tok"'), "&lt;b&gt;" in html  # a piece per token; what the text holds is escaped
+        (2, True)
     """
     require(routing, ("position", "token", "layer", "expert", "surprisal"), "render_tokens")
     colors = [to_hex(color) for color in expert_colors(expert_count(fractions, "render_tokens"))]

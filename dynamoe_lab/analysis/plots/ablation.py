@@ -51,6 +51,14 @@ def plot_ablation(
 
     Raises:
         InputError: no such axis or metric, or more than two axes vary.
+
+    Example:
+        >>> sweep = pd.DataFrame({"train.lr": [1e-4, 1e-3], "mode": "router", "metric": "perplexity_ratio", "value": [1.8, 1.5]})
+        >>> sweep = sweep.assign(low=sweep["value"] - 0.1, high=sweep["value"] + 0.1, n=25, active_mlp_fraction=0.67)
+        >>> figure = lab.plot_ablation(sweep, axis="train.lr")
+        >>> print(figure.get_suptitle())
+        Router: perplexity ratio is lowest for 0.001 (1.5 at 67 %
+        of the MLP) and worst for 0.0001 (1.8 at 67 % of the MLP)
     """
     require(sweep, (axis, *NEEDED), "plot_ablation")
     table = ablation_table(sweep, axis=axis, metric=metric)

@@ -41,6 +41,15 @@ def plot_benchmarks(points: pd.DataFrame, *, figure: Figure | SubFigure | None =
     Args:
         points: run, task, split, metric, value, low, high, n, chance, active_params (from `benchmark_points`), one metric.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, several metrics, or several rows of one run and task.
+
+    Example:
+        >>> scores = pd.DataFrame({"run": ["dense", "router"], "task": "sciq", "split": "test", "metric": "acc", "value": [0.8, 0.7]})
+        >>> figure = lab.plot_benchmarks(lab.benchmark_points(scores.assign(stderr=0.04, n=100)))
+        >>> print(figure.get_suptitle())
+        Accuracy on 1 tasks; router is above chance in 1 of 1 (n = 100 documents a task)
     """
     require(points, ("run", "task", "split", "metric", "value", "low", "high", "n", "chance", "active_params"), "plot_benchmarks")
     metric, tasks, runs = _one_metric(points, "plot_benchmarks"), _tasks(points), list(dict.fromkeys(points["run"]))
@@ -83,6 +92,17 @@ def plot_benchmark_deltas(deltas: pd.DataFrame, *, figure: Figure | SubFigure | 
         deltas: run, task, metric, difference, low, high, holm_p, detectable, n, confidence (from `benchmark_deltas`), one metric; `split`
             if known. Rows "average4" are left out.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, several metrics, or several rows of one run and task.
+
+    Example:
+        >>> dense = pd.DataFrame({"run": "dense", "task": "sciq", "doc_id": range(10), "metric": "acc", "value": 1.0})
+        >>> router = dense.assign(run="router", value=[0.0] * 6 + [1.0] * 4)  # six documents are lost, none is gained
+        >>> figure = lab.plot_benchmark_deltas(lab.benchmark_deltas(router, dense))
+        >>> print(figure.get_suptitle())
+        Accuracy minus the dense model's on the same documents: router -60.0 points
+        in SciQ (..., 1 of 1 tasks told apart) (n = 10 documents a task)
     """
     needed = ("run", "task", "metric", "reference_value", "difference", "low", "high", "holm_p", "detectable", "n", "confidence")
     require(deltas, needed, "plot_benchmark_deltas")
@@ -143,6 +163,17 @@ def plot_relative_to_base(relative: pd.DataFrame, *, figure: Figure | SubFigure 
     Args:
         relative: source, model, base, task, change, low, high, floor, params_share, n (from `relative_table`); split if known.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, or no average of ours.
+
+    Example:
+        >>> relative = pd.DataFrame({"source": ["ours", "paper"], "model": ["router", "DynaMoE θ=0.9"], "base": "dense"})
+        >>> relative = relative.assign(task="average7", change=[-0.2, -0.1], params_share=[0.8, 0.9], floor=-0.5)
+        >>> figure = lab.plot_relative_to_base(relative.assign(low=np.nan, high=np.nan, n=100))
+        >>> print(figure.get_suptitle())
+        Accuracy over seven tasks relative to each model's own dense base: router
+        -20 % at 80 % of its active parameters; the paper's θ=0.9 -10 % at 90 %
     """
     needed = ("source", "model", "base", "task", "change", "low", "high", "floor", "params_share", "n")
     require(relative, needed, "plot_relative_to_base")

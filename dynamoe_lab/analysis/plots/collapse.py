@@ -41,6 +41,15 @@ def plot_collapse(
         collapse: lambda_router, router_gradient, seed, layer, expert, share, tokens (from `stack_runs` of `expert_usage` frames).
         fractions: [E] share of the MLP of each expert.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, or an expert has no fraction.
+
+    Example:
+        >>> usage = pd.DataFrame({"layer": [0, 0, 1, 1], "expert": [0, 1, 0, 1], "share": [0.5, 0.5, 0.0, 1.0], "tokens": [4, 4, 0, 8]})
+        >>> figure = lab.plot_collapse(lab.stack_runs({(0.0, "probability", 0): usage}), fractions=(0.5, 1.0))
+        >>> print(figure.get_suptitle())
+        The most chosen expert: λ = 0 100 % of the MLP, by 75 % of tokens
     """
     require(collapse, (*CASE, "layer", "expert", "share", "tokens"), "plot_collapse")
     names = expert_names(fractions, int(collapse["expert"].max()), "plot_collapse")
@@ -84,6 +93,16 @@ def plot_collapse_entropy(information: pd.DataFrame, *, figure: Figure | SubFigu
         information: lambda_router, router_gradient, seed, layer, entropy, information (bits), tokens, experts (from `stack_runs` of
             `usage_information` frames).
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column or the rows of layer "all" are missing.
+
+    Example:
+        >>> entropy = pd.DataFrame({"layer": [0, 1, "all"], "entropy": [1.0, 0.0, 0.5], "information": [0.2, 0.0, 0.1]})
+        >>> entropy = lab.stack_runs({(0.0, "probability", 0): entropy.assign(tokens=8, experts=4)})
+        >>> figure = lab.plot_collapse_entropy(entropy)
+        >>> print(figure.get_suptitle())
+        Mean entropy of the layers' choices, of 2 bits: λ = 0 0.50
     """
     needed = (*CASE, "layer", "entropy", "information", "tokens", "experts")
     require(information, needed, "plot_collapse_entropy")
@@ -135,6 +154,15 @@ def plot_collapse_training(
         window: steps of the moving mean, over the faint raw values.
         dense_perplexity: of the dense model on held-out text, a reference line.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing.
+
+    Example:
+        >>> steps = pd.DataFrame({"step": [1, 2], "tokens": [512, 1024], "lm_loss": [5.0, 4.0], "active_mlp_fraction": [0.5, 0.9]})
+        >>> figure = lab.plot_collapse_training(lab.stack_runs({(0.0, "probability", 0): steps}), window=1)
+        >>> print(figure.get_suptitle())
+        Active MLP neurons after 1.02 K training tokens: λ = 0 90 %
     """
     require(steps, (*CASE, "step", "tokens", "lm_loss", "active_mlp_fraction"), "plot_collapse_training")
     cases, colors = _cases(steps), lambda_colors(steps["lambda_router"])

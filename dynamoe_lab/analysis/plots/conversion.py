@@ -37,6 +37,15 @@ def plot_importance_curves(
         curves: formula, layer, rank_share, cumulative_share (from `importance_curves`).
         fractions: sizes of the experts, drawn as dotted verticals; the title tells of the smallest.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing.
+
+    Example:
+        >>> importance = pd.DataFrame({"formula": "l2", "layer": 0, "rank": range(4), "value": [4.0, 3.0, 2.0, 1.0]})
+        >>> figure = lab.plot_importance_curves(lab.importance_curves(importance))
+        >>> print(figure.get_suptitle())
+        The first 25 % of the neurons by l2 hold 40 % of the importance
     """
     require(curves, ("formula", "layer", "rank_share", "cumulative_share"), "plot_importance_curves")
     formulas = list(dict.fromkeys(curves["formula"]))
@@ -96,6 +105,17 @@ def plot_expert_similarity(
         theta: threshold of the labels, drawn as a line; the title counts the layers whose median token
             passes.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, or the frame holds several runs.
+
+    Example:
+        >>> similarity = pd.DataFrame({"layer": [0, 0, 1, 1], "expert": [0, 1, 0, 1], "fraction": [0.5, 1, 0.5, 1]})
+        >>> similarity = similarity.assign(mean=0.9, q50=[0.8, 1, 0.9, 1], n=512)
+        >>> figure = lab.plot_expert_similarity(similarity.assign(q10=0.7, q90=1.0, sink_mean=0.9), theta=0.9)
+        >>> print(figure.get_suptitle())
+        With 50 % of the neurons the median token reaches cosine 0.85 to the full
+        MLP output (layers: 0.80 to 0.90); it passes θ = 0.9 in 1 of 2 layers
     """
     needed = ("layer", "expert", "fraction", "mean", "q10", "q50", "q90", "n", "sink_mean")
     require(similarity, needed, "plot_expert_similarity")

@@ -45,6 +45,16 @@ def plot_label_share(shares: pd.DataFrame, *, theta: float, figure: Figure | Sub
         shares: run, theta, domain, place, layer, label, fraction, tokens, share of one domain (from `label_shares`).
         theta: the threshold drawn above; the nearest one in `shares` is taken.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column or the rows of later tokens are missing, or the frame holds several runs or domains.
+
+    Example:
+        >>> similarity = pd.DataFrame({"run": "a", "domain": "web", "position": [1, 2, 3, 4], "layer": 0})
+        >>> shares = lab.label_shares(similarity.assign(similarity_0=[0.95, 0.8, 0.6, 0.2]), [0.5, 0.9], fractions=(0.5, 1.0))
+        >>> print(lab.plot_label_share(shares, theta=0.9).get_suptitle())
+        At θ = 0.9 labels ask for 88 % of the MLP, from 88 % in layer 0
+        to 88 % in layer 0; over θ = 0.5 to 0.9 it goes from 62 % to 88 %
     """
     require(shares, _SHARES, "plot_label_share")
     one_run(shares, "plot_label_share")
@@ -138,6 +148,17 @@ def plot_difficulty_vs_surprisal(
             Position 0 (bin 0) is drawn hollow, at the edge if it lies outside.
         correlations: the frame of `difficulty_correlations`, for the panels' titles and the message.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing.
+
+    Example:
+        >>> tokens = pd.DataFrame({"run": "a", "theta": 0.9, "layer": "all", "domain": "web", "document": range(4), "position": 1})
+        >>> tokens = tokens.assign(surprisal=[1.0, 2.0, 8.0, 9.0], next_surprisal=1.0, frequency=0.1, difficulty=[0.3, 0.5, 0.8, 1.0])
+        >>> bins, correlations = lab.difficulty_bins(tokens, bins=2), lab.difficulty_correlations(tokens)
+        >>> figure = lab.plot_difficulty_vs_surprisal(bins, correlations=correlations)
+        >>> print(figure.get_suptitle())
+        At θ = 0.9 a token's difficulty goes most with its surprisal (Spearman +1.00); 4 tokens, 4 documents, 95 % intervals over documents
     """
     require(bins, _BINS, "plot_difficulty_vs_surprisal")
     one_run(bins, "plot_difficulty_vs_surprisal")
@@ -213,6 +234,16 @@ def plot_difficulty_by_domain(means: pd.DataFrame, *, figure: Figure | SubFigure
     Args:
         means: run, theta, domain, layer, mean, low, high, tokens, documents, confidence (from `difficulty_by_domain`).
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column or the rows of layer "all" are missing, or the frame holds several runs.
+
+    Example:
+        >>> similarity = pd.DataFrame({"run": "a", "domain": ["web", "web", "code", "code"], "document": range(4), "layer": 0})
+        >>> similarity = similarity.assign(position=1, similarity_0=[0.95, 0.95, 0.95, 0.2])
+        >>> means = lab.difficulty_by_domain(similarity, 0.9, fractions=(0.5, 1.0))
+        >>> print(lab.plot_difficulty_by_domain(means).get_suptitle())
+        At θ = 0.9 labels ask for 50.0 % of the MLP on web and 75.0 % of the MLP on code
     """
     require(means, _MEANS, "plot_difficulty_by_domain")
     one_run(means, "plot_difficulty_by_domain")

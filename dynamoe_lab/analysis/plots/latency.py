@@ -33,6 +33,15 @@ def plot_latency(ratios: pd.DataFrame, *, figure: Figure | SubFigure | None = No
         ratios: phase, batch, tokens, routing, active_mlp_fraction, n, amdahl, time_ratio, time_ratio_low, time_ratio_high (from
             `latency_ratios`); one run.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, only rows of the dense model, or several rows of one setting and routing.
+
+    Example:
+        >>> ratios = pd.DataFrame({"phase": "prefill", "batch": 1, "tokens": 1024, "routing": ["one expert"], "n": 5, "amdahl": 1 / 0.7})
+        >>> ratios = ratios.assign(active_mlp_fraction=0.5, time_ratio=0.8, time_ratio_low=0.78, time_ratio_high=0.83)
+        >>> print(lab.plot_latency(ratios).get_suptitle())
+        At 50 % of the MLP a prefill takes 80 % of the dense model's time (bound 70 %)
     """
     require(ratios, (*_RATIOS, "amdahl", "time_ratio", "time_ratio_low", "time_ratio_high"), "plot_latency")
     phases, figure = _phases(ratios, "plot_latency"), canvas(8.8, figure)
@@ -62,6 +71,15 @@ def plot_realised_vs_ideal(ratios: pd.DataFrame, *, figure: Figure | SubFigure |
         ratios: phase, batch, tokens, routing, active_mlp_fraction, n, realised, realised_low, realised_high (from `latency_ratios`);
             one run.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, only rows of the dense model, or several rows of one setting and routing.
+
+    Example:
+        >>> ratios = pd.DataFrame({"phase": "prefill", "batch": 1, "tokens": 1024, "routing": ["one expert"], "n": 5})
+        >>> ratios = ratios.assign(active_mlp_fraction=0.5, realised=0.75, realised_low=0.7, realised_high=0.8)
+        >>> print(lab.plot_realised_vs_ideal(ratios).get_suptitle())
+        The MLPs reach, of the ideal speed, 75 % with one expert for all (prefill, 50 % active)
     """
     require(ratios, (*_RATIOS, "realised", "realised_low", "realised_high"), "plot_realised_vs_ideal")
     phases, figure = _phases(ratios, "plot_realised_vs_ideal"), canvas(8.0, figure)

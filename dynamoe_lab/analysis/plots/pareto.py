@@ -57,6 +57,17 @@ def plot_pareto(
         metric: rows to draw. Perplexity ratios are drawn on a log axis with the dense model at 1; the dense model's other metrics are
             read from its row (method "dense").
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, no rows of the metric, or an unknown `x`.
+
+    Example:
+        >>> pareto = pd.DataFrame({"method": ["router", "static"], "theta": 0.9, "seed": 0, "train_tokens": 40_960, "n": 25})
+        >>> pareto = pareto.assign(active_params=113e6, active_mlp_fraction=[0.67, 0.72], metric="perplexity_ratio")
+        >>> pareto = pareto.assign(value=[1.5, 1.44], low=[1.34, 1.3], high=[1.64, 1.6])
+        >>> print(lab.plot_pareto(pareto, dense_params=134e6).get_suptitle())
+        Times the dense perplexity, router and static cut of
+        the same active parameters: θ = 0.9: 1.50 and 1.44
     """
     require(pareto, _PARETO, "plot_pareto")
     if x not in ("active_params", "active_mlp_fraction"):

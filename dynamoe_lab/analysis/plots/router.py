@@ -43,6 +43,18 @@ def plot_router_confusion(
             `confusion`, if that has layers.
         fractions: [E] share of the MLP of each expert, to call the experts by.
         ax: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, the frame holds several runs, or an expert has no fraction.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "domain": "web", "document": 0, "layer": 0, "label": [0, 0, 0, 1], "expert": [0, 0, 1, 1]})
+        >>> ax = lab.plot_router_confusion(lab.router_confusion(routing, theta=0.9))
+        >>> print(ax.get_title(loc="left"))
+        The router is right for 75 % of tokens; always
+        answering the layer's commonest label: 75 %
+        >>> [text.get_text() for text in ax.texts]  # percent of the label's tokens, row by row
+        ['67', '33', '0', '100']
     """
     require(confusion, _CONFUSION, "plot_router_confusion")
     one_run(confusion, "plot_router_confusion")
@@ -96,6 +108,17 @@ def plot_router_confusion_by_layer(
         fractions: [E] share of the MLP of each expert, to call the experts by.
         columns: matrices per row.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, the frame holds several runs, or an expert has no fraction.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "domain": "web", "document": 0, "layer": [0, 0, 1, 1], "label": [0, 1, 0, 1]})
+        >>> confusion = lab.router_confusion(routing.assign(expert=[0, 1, 0, 0]), theta=0.9)
+        >>> figure = lab.plot_router_confusion_by_layer(confusion)
+        >>> print(figure.get_suptitle())
+        The router beats its layer's commonest label in 1 of 2 layers
+        (+25 points on average); least in layer 1 (50 % against 50 %)
     """
     require(confusion, _CONFUSION, "plot_router_confusion_by_layer")
     one_run(confusion, "plot_router_confusion_by_layer")
@@ -200,6 +223,16 @@ def plot_error_distance(errors: pd.DataFrame, *, ax: Axes | None = None) -> Axes
         errors: run, layer, distance, share, tokens, chance, error_share, error_low, error_high, error_chance,
             confidence (from `error_distance`); the rows of layer "all" are drawn.
         ax: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column or the rows of layer "all" are missing, or the frame holds several runs.
+
+    Example:
+        >>> routing = pd.DataFrame({"run": "a", "domain": "web", "document": 0, "layer": 0, "label": [0, 0, 1, 2], "expert": [0, 1, 2, 0]})
+        >>> ax = lab.plot_error_distance(lab.error_distance(routing))
+        >>> print(ax.get_title(loc="left"))  # two of three errors
+        67 % of the errors miss by one expert; were
+        expert and label independent, 60 % would
     """
     needed = ("layer", "distance", "tokens", "error_share", "error_low", "error_high", "error_chance", "confidence")
     require(errors, needed, "plot_error_distance")

@@ -34,6 +34,16 @@ def plot_specialisation(
             the layer where the association is farthest above the control; None: not drawn.
         before: as `specialisation`, of the same text and the model before training: what routers give that have learnt nothing.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column or the rows of layer "all" are missing, or the frame holds several runs.
+
+    Example:
+        >>> rows = pd.DataFrame({"run": "a", "factor": "domain", "layer": [0, 1, "all"], "association": [0.1, 0.6, 0.35], "control": 0.1})
+        >>> rows = rows.assign(low=0.0, high=0.7, control_low=0.0, control_high=0.2, clusters=25, confidence=0.95)
+        >>> print(lab.plot_specialisation(rows).get_suptitle())
+        Beyond the 95 % band of shuffled labels the choice of
+        expert goes with the domain of the text in 1 of 2 layers
     """
     require(specialisation, _NEEDED, "plot_specialisation")
     one_run(specialisation, "plot_specialisation")

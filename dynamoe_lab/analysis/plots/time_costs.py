@@ -34,6 +34,15 @@ def plot_time_parts(
             setting per phase); `run` names the bars.
         energy: model, joules_per_token (nan: not measured), note (the counters, or why there are none): one line below the bars.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, an unknown part, or several rows of one run, phase and part.
+
+    Example:
+        >>> parts = pd.DataFrame({"part": ["MLP", "attention", "head"], "seconds": [0.6, 0.3, 0.1], "share": [0.6, 0.3, 0.1]})
+        >>> figure = lab.plot_time_parts(parts.assign(run="dense", phase="prefill", batch=1, tokens=1024))
+        >>> print(figure.get_suptitle(), "|", figure.axes[0].get_title(loc="left"))
+        MLPs take 60 % of the dense model's prefill | prefill: 1 × 1024 tokens
     """
     require(parts, ("run", "phase", "batch", "tokens", "part", "seconds", "share"), "plot_time_parts")
     if parts.duplicated(["run", "phase", "part"]).any():
@@ -122,6 +131,17 @@ def plot_cost_growth(ratios: pd.DataFrame, *, figure: Figure | SubFigure | None 
         ratios: phase, batch, tokens, routing, active_mlp_fraction, time_ratio, realised (each with _low and _high), amdahl, hidden_size,
             intermediate_size, experts (from `latency_ratios`); one routing per phase.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, nothing grows, or several rows of one phase and size.
+
+    Example:
+        >>> rows = pd.DataFrame({"phase": "prefill", "batch": 1, "tokens": [64, 1024], "routing": "mixed", "active_mlp_fraction": 0.5})
+        >>> rows = rows.assign(hidden_size=64, intermediate_size=256, experts=4, amdahl=1.4)
+        >>> rows = rows.assign(**{f"{name}{end}": [0.6, 0.9] for name in ("time_ratio", "realised") for end in ("", "_low", "_high")})
+        >>> print(lab.plot_cost_growth(rows).get_suptitle())
+        Share of the ideal speed that the MLPs reach (prefill,
+        about 50 % active): 60 % to 90 % from 64 to 1024 tokens
     """
     spreads = [f"{name}{end}" for name in ("time_ratio", "realised") for end in ("", "_low", "_high")]
     sizes = ("hidden_size", "intermediate_size", "experts")

@@ -34,6 +34,16 @@ def plot_tomoe_training(
         experts: number of experts E: 1 / E is the balance of experts that are used alike.
         window: steps of the moving mean of KL and balance, drawn over the faint raw values; the others are told step by step.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing.
+
+    Example:
+        >>> steps = pd.DataFrame({"run": "a", "step": [1, 2], "tokens": [512, 1024], "kl_loss": [0.1, 0.3], "heldout_kl": [0.2, 0.3]})
+        >>> steps = steps.assign(active_ratio_mean=[0.9, 0.8], active_ratio_max=[1.0, 0.9], union_coverage=1.0, balance_loss=0.125)
+        >>> print(lab.plot_tomoe_training(steps, p=0.7, experts=8).get_suptitle())
+        Short training: after 1.02 K tokens the mean active ratio under training
+        noise is 80 % (target 70 %) at a held-out KL of 0.3 nats per token
     """
     require(steps, _STEPS, "plot_tomoe_training")
     figure = canvas(11.6, figure)
@@ -92,6 +102,16 @@ def plot_tomoe_usage(usage: pd.DataFrame, widths: pd.DataFrame, *, figure: Figur
         usage: layer, expert, share, tokens of one run and one domain (from `expert_usage`).
         widths: layer, expert, fraction (of the layer's MLP; the frame of `lab.expert_fractions`).
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, or the frame holds several runs.
+
+    Example:
+        >>> usage = pd.DataFrame({"layer": [0, 0, 1, 1], "expert": [0, 1, 0, 1], "share": [0.5, 0.5, 0.0, 1.0], "tokens": [4, 4, 0, 8]})
+        >>> widths = usage[["layer", "expert"]].assign(fraction=0.7)
+        >>> print(lab.plot_tomoe_usage(usage, widths).get_suptitle())
+        The most used expert takes 50 % to 100 % of a layer's tokens (used alike:
+        50.0 %); 1 of 2 layers are on one expert; a token runs 70 % of a layer's neurons
     """
     require(usage, ("layer", "expert", "share", "tokens"), "plot_tomoe_usage")
     require(widths, ("layer", "expert", "fraction"), "plot_tomoe_usage: widths")
@@ -136,6 +156,15 @@ def plot_tomoe_union(
         union: run, layer (also "all"), count, share, chance, neurons (from `mask_union`), one run.
         attention: layer, pairs_kept, values_open, values_low, values_high (from `attention_open`); None: not drawn.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column or the rows of layer "all" are missing, or the frame holds several runs.
+
+    Example:
+        >>> masks = pd.DataFrame({"run": "a", "layer": 0, "expert": [0, 0, 1, 1], "neuron": [0, 1, 0, 1], "neurons": 4})
+        >>> print(lab.plot_tomoe_union(lab.mask_union(masks, experts=2)).get_suptitle())  # both hold the neurons 0 and 1
+        50.0 % of the neurons are in some expert (least: 50.0 %, layer 0); 50.0 % are
+        in all 2, where experts of these widths drawn at random would share 25.0 %
     """
     require(union, ("run", "layer", "count", "share", "chance", "neurons"), "plot_tomoe_union")
     one_run(union, "plot_tomoe_union")
@@ -193,6 +222,15 @@ def plot_mask_stability(jaccard: pd.DataFrame, *, figure: Figure | SubFigure | N
         jaccard: run_a, run_b, part, layer (also "all"), jaccard, chance, chance_low, chance_high, draws (from `mask_jaccard`; several
             pairs of runs and both parts one below the other). Several pairs: the mean, and a faint line each.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column or the rows of layer "all" are missing.
+
+    Example:
+        >>> first = pd.DataFrame({"run": "a", "layer": 0, "expert": 0, "neuron": range(8), "neurons": 16})
+        >>> second = first.assign(run="b", neuron=range(4, 12))  # 4 neurons of 12 are in both
+        >>> print(lab.plot_mask_stability(lab.mask_jaccard(first, second)).get_suptitle())
+        Mean Jaccard index between seeds: 0.33 for experts' neurons (chance ...); 1 pair of runs
     """
     needed = ("run_a", "run_b", "part", "layer", "jaccard", "chance", "chance_low", "chance_high", "draws")
     require(jaccard, needed, "plot_mask_stability")

@@ -42,6 +42,16 @@ def plot_training_curves(
         dense_loss: LM loss of the dense model on the same kind of text, a reference line.
         majority: accuracy of always answering the layer's commonest label, a reference line.
         figure: where to draw; None: a new figure.
+
+    Raises:
+        InputError: a column is missing, or window < 1.
+
+    Example:
+        >>> steps = pd.DataFrame({"run": "a", "step": [1, 2, 3, 4], "tokens": [512, 1024, 1536, 2048], "lm_loss": [5.0, 5.0, 4.0, 4.0]})
+        >>> steps = steps.assign(router_loss=[1.4, 1.4, 0.7, 0.7], router_accuracy=[0.3, 0.3, 0.7, 0.7], active_mlp_fraction=0.6)
+        >>> print(lab.plot_training_curves(steps, window=2, dense_loss=3.7).get_suptitle())
+        After 2.05 K tokens the LM loss of training batches is 4.00 (dense,
+        held-out: 3.70) and the routers are right for 70 % of tokens
     """
     require(steps, ("run", "step", "tokens", *(name for name, _ in _PANELS)), "plot_training_curves")
     figure = canvas(10.5, figure)
