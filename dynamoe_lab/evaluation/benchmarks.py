@@ -39,6 +39,10 @@ def check_tasks(tasks: Iterable[str | Path] = (), *, limit: int | None = None) -
 
     Raises:
         InputError: limit below 1; as `load_tasks`.
+
+    Example:
+        >>> lab.check_tasks(["sciq", "piqa"], limit=100)
+        ['sciq', 'piqa']
     """
     tasks = [tasks] if isinstance(tasks, (str, Path)) else list(tasks) or list(TASKS)
     _check(limit, 1)
@@ -60,6 +64,15 @@ def evaluate_benchmarks(
 
     Raises:
         InputError: as `evaluate_task` and `load_tasks`.
+
+    Example:
+        >>> model, tokenizer = lab.load_model("smollm2-pico")
+        >>> scores, documents = lab.evaluate_benchmarks(model, tokenizer, ["sciq", "piqa"], limit=2, run="pico", progress=False)
+        >>> documents.groupby("task")["doc_id"].nunique()
+        task
+        piqa    2
+        sciq    2
+        Name: doc_id, dtype: int64
     """
     tasks = [tasks] if isinstance(tasks, (str, Path)) else list(tasks)
     _check(limit, batch_size)
@@ -103,6 +116,15 @@ def evaluate_task(
 
     Raises:
         InputError: limit or batch size below 1; as `load_tasks`; no document has a right choice; a task file that cannot be scored.
+
+    Example:
+        >>> model, tokenizer = lab.load_model("smollm2-pico")
+        >>> scores, documents = lab.evaluate_task(model, tokenizer, "sciq", limit=4, run="pico", progress=False)
+        >>> scores.loc[scores["metric"] == "active_mlp_fraction", ["run", "task", "split", "value"]]  # a dense model
+            run  task                     split  value
+        4  pico  sciq  validation (stock: test)    1.0
+        >>> documents["doc_id"].nunique()
+        4
     """
     _check(limit, batch_size)
     began = time.perf_counter()

@@ -59,6 +59,15 @@ def count_active_params(model: PreTrainedModel, routing: pd.DataFrame | None = N
 
     Raises:
         InputError: `routing` has other layers or experts than the model, or is needed and missing.
+
+    Example:
+        >>> _, model = lab.random_pair(64, 128, layers=2)
+        >>> model.set_routing(1)  # every token at half width
+        >>> lab.count_active_params(model)[["layer", "mlp_active", "mlp_total", "active_mlp_fraction"]]  # 3 matrices of 64 * 128 a layer
+          layer  mlp_active  mlp_total  active_mlp_fraction
+        0     0     12288.0      24576                  0.5
+        1     1     12288.0      24576                  0.5
+        2   all     24576.0      49152                  0.5
     """
     if not isinstance(model, RoutedMixin):
         raise InputError(f"count_active_params: {type(model).__name__} has no experts; convert it first with lab.convert")

@@ -55,6 +55,13 @@ def model_cost(
 
     Raises:
         InputError: an unsupported model, a routing of another model, missing, or given for a dense one; an unknown phase; no tokens.
+
+    Example:
+        >>> dense, _ = lab.random_pair(64, 128, layers=2)
+        >>> cost = lab.model_cost(dense, tokens=16)
+        >>> cost.loc[(cost["layer"] == "all") & (cost["part"] == "mlp"), ["params", "flops"]]  # 2 * 3 * 64 * 128, twice that
+            params    flops
+        14   49152  98304.0
     """
     layers, config = _layers(model), model.config
     if phase not in ("prefill", "decode"):
@@ -90,6 +97,12 @@ def ideal_share(cost: pd.DataFrame, dense_cost: pd.DataFrame) -> float:
 
     Raises:
         InputError: a table has no sums over layers, or those of several models.
+
+    Example:
+        >>> dense, model = lab.random_pair(64, 128)
+        >>> model.set_routing(1)  # every token at half width, no router asked
+        >>> lab.ideal_share(lab.model_cost(model), lab.model_cost(dense))
+        0.5
     """
     return _flops(cost, ("mlp", "router")) / _flops(dense_cost, ("mlp",))
 

@@ -26,6 +26,12 @@ def trace_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_s
 
     Raises:
         InputError: the model is not converted, its experts are not nested (ToMoE), or there are no blocks.
+
+    Example:
+        >>> _, model = lab.random_pair(64, 128, layers=2)
+        >>> similarity = lab.trace_similarity(model, torch.arange(8).view(1, 8))
+        >>> len(similarity), [name for name in similarity if name.startswith("similarity")]  # 8 tokens, 2 layers
+        (16, ['similarity_0', 'similarity_1', 'similarity_2'])
     """
     blocks = require_blocks(blocks, "trace_similarity")
     categories = sorted(set(blocks.domain))

@@ -32,6 +32,15 @@ def document_divergences(
 
     Raises:
         InputError: the model is not converted, no reference where the model does not hold its dense parent, or no blocks.
+
+    Example:
+        >>> dense, model = lab.random_pair(64, 128)
+        >>> model.set_routing("full")  # the dense function
+        >>> found = lab.document_divergences(model, torch.arange(16).view(2, 8), reference=dense)
+        >>> found.assign(kl=found["kl"].abs().round(3))
+           document domain   kl  tokens
+        0         0   text  0.0       8
+        1         1   text  0.0       8
     """
     blocks = require_blocks(blocks, "document_divergences")
     with evaluating(model, "document_divergences"):

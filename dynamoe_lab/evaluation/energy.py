@@ -26,6 +26,11 @@ def measure_energy(function: Callable[[], object], *, seconds: float = 2.0) -> t
 
     Raises:
         What `function` raises; the counters' own failures are reasons.
+
+    Example:
+        >>> joules, source = lab.measure_energy(lambda: sum(range(1000)), seconds=0.01)
+        >>> joules is None or joules > 0  # None: `source` says why
+        True
     """
     try:
         from zeus.monitor import ZeusMonitor

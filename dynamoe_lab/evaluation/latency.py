@@ -72,6 +72,14 @@ def measure_latency(
 
     Raises:
         InputError: models that do not belong together, an unknown phase or routing, counts below 1, or too few ids.
+
+    Example:
+        >>> dense, model = lab.random_pair(64, 128)
+        >>> latency = lab.measure_latency(dense, model, tokens=16, routings=(1,), pairs=1)
+        >>> latency[["phase", "routing", "pair", "active_mlp_fraction", "ideal_share"]]
+             phase   routing  pair  active_mlp_fraction  ideal_share
+        0  prefill  expert 1     0                  0.5          0.5
+        1  prefill     dense     0                  1.0          1.0
     """
     function = "measure_latency"
     _check_models(dense, model, function)
@@ -222,6 +230,12 @@ def time_parts(
 
     Raises:
         InputError: a routing for a dense model, an unknown phase or routing, counts below 1, or too few ids.
+
+    Example:
+        >>> _, model = lab.random_pair(64, 128)
+        >>> parts = lab.time_parts(model, tokens=16, routing=1, repeats=1)
+        >>> parts["part"].tolist(), round(float(parts["share"].sum()), 6)
+        (['MLP', 'router', 'sorting', 'attention', 'head', 'other'], 1.0)
     """
     function, converted = "time_parts", isinstance(model, RoutedMixin)
     if routing is not None:
@@ -288,6 +302,8 @@ def random_pair(
     """A random Llama-shaped model and its converted form, for how times grow with size; their text means nothing.
 
     Args:
+        hidden_size, intermediate_size, layers, vocab_size: of both models.
+        experts: [E] shares of the MLP, increasing, the last 1.0.
         heads: of attention; None: as many as divide the hidden size into even widths of at least 64 dimensions.
         dtype, device: of both models.
         seed: of the weights; the global generator is left as it is.
@@ -297,6 +313,11 @@ def random_pair(
 
     Raises:
         InputError: sizes that make no model.
+
+    Example:
+        >>> dense, model = lab.random_pair(64, 128, layers=3)
+        >>> type(model).__name__, len(model.routed_mlps()), model.moe.experts
+        ('DynaMoELlamaForCausalLM', 3, (0.25, 0.5, 0.75, 1.0))
     """
     if heads is None:
         heads = next((count for count in range(hidden_size // 64, 1, -1) if hidden_size % (2 * count) == 0), 1)

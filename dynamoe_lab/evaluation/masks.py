@@ -23,6 +23,13 @@ def expert_fractions(model: PreTrainedModel) -> pd.DataFrame:
 
     Raises:
         InputError: the model is not converted.
+
+    Example:
+        >>> _, model = lab.random_pair(64, 128, experts=(0.5, 1.0), layers=1)
+        >>> lab.expert_fractions(model)
+           layer  expert  fraction
+        0      0       0       0.5
+        1      0       1       1.0
     """
     _require(model, "expert_fractions")
     config = model.config
@@ -49,6 +56,15 @@ def expert_masks(model: PreTrainedModel, run: str = "") -> pd.DataFrame:
 
     Raises:
         InputError: the model's experts are not masks, or their neurons' places in the dense model are not known.
+
+    Example:
+        >>> masked = lab.convert(lab.random_pair(64, 128, layers=1)[0], lab.ToMoEConfig(num_experts=2, mask_offset=30.0))
+        >>> masks = lab.expert_masks(masked)  # so large an offset opens everything
+        >>> masks.groupby(["layer", "expert"])["neuron"].agg(["count", "min", "max"])
+                      count  min  max
+        layer expert
+        0     0         128    0  127
+              1         128    0  127
     """
     _require(model, "expert_masks", masked=True)
     if not hasattr(model, "layer_masks"):
@@ -77,6 +93,12 @@ def attention_masks(model: PreTrainedModel, run: str = "") -> pd.DataFrame:
 
     Raises:
         InputError: the model is no ToMoE model.
+
+    Example:
+        >>> masked = lab.convert(lab.random_pair(64, 128, layers=1)[0], lab.ToMoEConfig(num_experts=2, mask_offset=30.0))
+        >>> pairs = lab.attention_masks(masked)  # so large an offset opens everything
+        >>> len(pairs), bool(pairs["open"].all())  # one head of 64 dimensions
+        (32, True)
     """
     _require(model, "attention_masks", masked=True)
     if hasattr(model, "layer_masks"):

@@ -32,6 +32,12 @@ def mixed_shares(fractions: Sequence[float], mean: float) -> tuple[float, ...]:
 
     Raises:
         InputError: widths that do not increase to 1, or a mean outside of them.
+
+    Example:
+        >>> [round(share, 3) for share in lab.mixed_shares((0.25, 0.5, 0.75, 1.0), 0.625)]
+        [0.25, 0.25, 0.25, 0.25]
+        >>> lab.mixed_shares((0.5, 1.0), 0.5)
+        (1.0, 0.0)
     """
     widths = np.asarray(fractions, dtype=np.float64)
     if widths.ndim != 1 or not len(widths) or widths[0] <= 0 or widths[-1] != 1 or (np.diff(widths) <= 0).any():

@@ -22,7 +22,18 @@ def token_surprisal(logits: Tensor, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def document_losses(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8) -> pd.DataFrame:
-    """Summed next-token loss of every document: columns document, domain, nll (nats), tokens (predicted ones)."""
+    """Summed next-token loss of every document in blocks [n, T]: columns document, domain, nll (nats), tokens (predicted ones).
+
+    Raises:
+        InputError: no blocks.
+
+    Example:
+        >>> dense, _ = lab.random_pair(64, 128)
+        >>> lab.document_losses(dense, torch.arange(16).view(2, 8))[["document", "domain", "tokens"]]  # the first of 8 is not predicted
+           document domain  tokens
+        0         0   text       7
+        1         1   text       7
+    """
     blocks = require_blocks(blocks, "document_losses")
     was_training = model.training
     model.eval()
@@ -55,14 +66,23 @@ def evaluate_perplexity(
         model: dense or converted.
         blocks: held-out blocks [n, T].
         reference: a model (usually the dense parent) or its `document_losses` on the same blocks, for the paired ratio.
+        batch_size: blocks of a forward.
         bootstrap, confidence, seed: resamples of documents and level of the interval.
+        run: name of the row.
 
     Returns:
-        One row: run, n (documents resampled for the interval), tokens, perplexity, reference_perplexity, ratio, low, high. Without a
-        reference the last three describe the perplexity itself (ratio NaN).
+        One row: run, n (documents resampled for the interval), tokens, perplexity, reference_perplexity, ratio, low, high (of the
+        ratio). Without a reference low and high are those of the perplexity itself (reference_perplexity and ratio NaN).
 
     Raises:
-        InputError: the reference was measured on other documents.
+        InputError: no blocks, or the reference was measured on other documents.
+
+    Example:
+        >>> dense, model = lab.random_pair(64, 128)
+        >>> model.set_routing("full")  # the dense function
+        >>> lab.evaluate_perplexity(model, torch.arange(32).view(4, 8), reference=dense)[["n", "tokens", "ratio", "low", "high"]].round(3)
+           n  tokens  ratio  low  high
+        0  4      28    1.0  1.0   1.0
     """
     base = document_losses(reference, blocks, batch_size=batch_size) if isinstance(reference, PreTrainedModel) else reference
     losses = document_losses(model, blocks, batch_size=batch_size)

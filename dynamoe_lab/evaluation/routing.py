@@ -70,6 +70,16 @@ def trace_routing(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size
 
     Raises:
         InputError: the model is not converted, there are no blocks, or its routing uses no expert (ToMoE under "full").
+
+    Example:
+        >>> _, model = lab.random_pair(64, 128, layers=2)
+        >>> model.set_routing(1)
+        >>> routing = lab.trace_routing(model, torch.arange(4).view(1, 4))
+        >>> routing[["position", "token_id", "layer", "expert"]].tail(3)
+           position  token_id  layer  expert
+        5         1         1      1       1
+        6         2         2      1       1
+        7         3         3      1       1
     """
     blocks = require_blocks(blocks, "trace_routing")
     categories = sorted(set(blocks.domain))
@@ -109,6 +119,13 @@ def trace_text(
     """`trace_routing` of one text of your own, with a column `token`: the piece of the text each token stands for.
 
     Raises InputError if the text is empty or longer than `max_tokens` tokens.
+
+    Example:
+        >>> dense, tokenizer = lab.load_model("smollm2-pico")
+        >>> model = lab.convert(dense, calibration=torch.arange(64).view(1, 64))
+        >>> routing = lab.trace_text(model, tokenizer, "Hello there")
+        >>> routing.loc[routing["layer"] == 0, "token"].tolist()
+        ['Hello', ' there']
     """
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids = encoded["input_ids"]
@@ -127,7 +144,8 @@ def trace_text(
 
 @torch.no_grad()
 def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8, run: str = "") -> pd.DataFrame:
-    """Cosine of every nested expert's output to the full output, by layer, on the inputs that routing "full" (the dense function) gives.
+    """Cosine of every nested expert's output to the full output, by layer, of blocks [n, T] under routing "full" (the dense
+    function).
 
     Returns:
         run, layer, expert, fraction (of the MLP), mean, q10, q50, q90, n (tokens but position 0), sink_mean (position 0 alone, which is an
@@ -135,6 +153,16 @@ def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_
 
     Raises:
         InputError: the model is not converted, its experts are not nested (ToMoE), or there are no blocks.
+
+    Example:
+        >>> _, model = lab.random_pair(64, 128, experts=(0.5, 1.0), layers=1)
+        >>> similarity = lab.expert_similarity(model, torch.arange(16).view(2, 8))
+        >>> similarity[["layer", "expert", "fraction", "n"]]
+           layer  expert  fraction   n
+        0      0       0       0.5  14
+        1      0       1       1.0  14
+        >>> round(float(similarity["mean"].iloc[-1]), 3)  # the last is the whole MLP
+        1.0
     """
     blocks = require_blocks(blocks, "expert_similarity")
     with evaluating(model, "expert_similarity", "full", labels=True):
@@ -169,11 +197,24 @@ def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_
 
 @torch.no_grad()
 def logit_change(model: PreTrainedModel, reference: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 4) -> pd.DataFrame:
-    """How far a model's logits are from a reference's on the same blocks.
+    """How far a model's logits are from a reference's on the same blocks [n, T], each model under its current routing.
 
     Returns:
         One row: tokens, max_abs, mean_abs (of |model - reference|), logit_scale (standard deviation of the reference's
         logits), agreement (share of tokens with the same most likely next token).
+
+    Raises:
+        InputError: no blocks.
+
+    Example:
+        >>> dense, model = lab.random_pair(64, 128)
+        >>> model.set_routing("full")  # reordered, but the same function
+        >>> change = lab.logit_change(model, dense, torch.arange(16).view(2, 8))
+        >>> change[["tokens", "agreement"]]
+           tokens  agreement
+        0      16        1.0
+        >>> bool(change["max_abs"][0] < 1e-3)
+        True
     """
     blocks = require_blocks(blocks, "logit_change")
     largest, total, squares, sums, agree, tokens, entries = 0.0, 0.0, 0.0, 0.0, 0, 0, 0

@@ -32,6 +32,10 @@ def export_tasks(folder: str | Path, names: Iterable[str] = TASKS) -> list[str]:
 
     Raises:
         InputError: a name that is not of `TASKS`; a folder that cannot be written; the asset cannot be had.
+
+    Example:
+        >>> lab.export_tasks("tasks", ["piqa"])
+        ['piqa_local']
     """
     names = [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in names if name not in LOCAL]:

@@ -88,6 +88,10 @@ def load_tasks(names: Iterable[str | Path] = TASKS) -> "dict[str, Task]":
     Raises:
         InputError: an unknown name (with the nearest ones), a group of tasks, a name given twice; a task file that cannot be read; data
             that cannot be had; a task that runs code which a model wrote.
+
+    Example:
+        >>> {name: len(task.eval_docs) for name, task in lab.load_tasks(["sciq", "piqa"]).items()}
+        {'sciq': 1000, 'piqa': 1838}
     """
     names = [names] if isinstance(names, (str, Path)) else list(names)
     if not names:
