@@ -90,7 +90,13 @@ class TrainSettings:
 
 @dataclass
 class TrainConfig(TrainSettings):
-    """Training of DynaMoE: MLPs and routers; attention, embeddings, norms and head stay frozen (arXiv 2502.12325)."""
+    """Training of DynaMoE: MLPs and routers; attention, embeddings, norms and head stay frozen (arXiv 2502.12325).
+
+    Example:
+        >>> settings = lab.TrainConfig(steps=40, mlp_lr=1e-4)
+        >>> settings.steps, settings.batch_size, settings.schedule
+        (40, 4, 'cosine')
+    """
 
     mlp_lr: float = 2e-4  # AdamW peak learning rate of the MLP weights
     router_lr: float = 3e-3  # AdamW peak learning rate of the routers [D]; see LOG.md for 1e-3
@@ -106,6 +112,11 @@ class ToMoETrainConfig(TrainSettings):
     """Training of ToMoE: hypernetwork, routers and mask decoders; no weight of the dense model learns (arXiv 2501.15316).
 
     The LM loss rises while parts of the model are closed, so no `divergence` is set: only numbers that are none stop it.
+
+    Example:
+        >>> settings = lab.ToMoETrainConfig(steps=40)
+        >>> settings.lr, settings.weight_decay, settings.schedule
+        (0.001, 0.05, 'constant')
     """
 
     section: ClassVar[str] = "tomoe_train"
@@ -135,7 +146,13 @@ class EvaluateConfig:
 
 @dataclass
 class Experiment:
-    """Everything that one run of the notebooks depends on."""
+    """Everything that one run of the notebooks depends on.
+
+    Example:
+        >>> experiment = lab.Experiment(method="tomoe")
+        >>> experiment.method_config.p, experiment.train_config.section
+        (0.5, 'tomoe_train')
+    """
 
     profile: str = "quick"  # the name it was loaded by
     model: str = "smollm2-135m"  # an offline asset, a local folder, or a Hub id
@@ -217,6 +234,14 @@ def load_experiment(profile: str = "quick", overrides: Iterable[str] = ()) -> Ex
 
     Raises:
         InputError: unknown profile, file that is not YAML, unknown key (with the nearest one), wrong type, impossible value.
+
+    Example:
+        >>> lab.load_experiment("quick", ["dynamoe.theta=0.8"]).dynamoe.theta
+        0.8
+        >>> lab.load_experiment("quick", ["dynamoe.thet=0.8"])
+        Traceback (most recent call last):
+            ...
+        dynamoe_lab.errors.InputError: override 'dynamoe.thet=0.8': ...; did you mean dynamoe.theta?
     """
     import yaml
     from omegaconf import OmegaConf

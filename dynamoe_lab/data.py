@@ -34,7 +34,16 @@ _BATCH = 64  # documents tokenized at once
 
 @dataclass(eq=False)
 class Blocks:
-    """n blocks of T tokens. `blocks[2:5]`, `blocks[3]`, `blocks[[0, 4]]` and `blocks[mask]` are Blocks with the same document numbers."""
+    """n blocks of T tokens. `blocks[2:5]`, `blocks[3]`, `blocks[[0, 4]]` and `blocks[mask]` are Blocks with the same document numbers.
+
+    Example:
+        >>> document = torch.tensor([[0, 0, 0, 1], [2, 2, 2, 2]])
+        >>> blocks = lab.Blocks(torch.arange(8).view(2, 4), document, ["web", "code"])
+        >>> len(blocks), blocks.context, blocks.tokens, blocks.domains
+        (2, 4, 8, ['web', 'code'])
+        >>> blocks.of("code").ids
+        tensor([[4, 5, 6, 7]])
+    """
 
     ids: torch.Tensor  # token ids, (n, T) int64
     document: torch.Tensor  # the document each token belongs to, (n, T) int64, one number a document across all domains
@@ -129,7 +138,17 @@ def concatenate(parts: Iterable[Blocks]) -> Blocks:
 
 
 def token_counts(blocks: "Blocks | torch.Tensor") -> "pd.DataFrame":
-    """How often each token occurs in blocks: token_id, tokens, share; the most frequent first, tokens that never occur left out."""
+    """How often each token occurs in blocks: token_id, tokens, share; the most frequent first, tokens that never occur left out.
+
+    Raises:
+        InputError: no blocks.
+
+    Example:
+        >>> lab.token_counts(torch.tensor([[5, 5, 7, 5]]))
+           token_id  tokens  share
+        0         5       3   0.75
+        1         7       1   0.25
+    """
     import pandas as pd
 
     counts = torch.bincount(require_blocks(blocks, "token_counts").ids.flatten()).numpy()
@@ -167,6 +186,12 @@ def load_blocks(
 
     Raises:
         InputError: unknown text, unreadable file, a value out of range, or too little text (with the most that can be asked for).
+
+    Example:
+        >>> tokenizer = lab.load_tokenizer("smollm2-pico")
+        >>> blocks = lab.load_blocks("c4+wiki", tokenizer, context=16, tokens=64, split="heldout")
+        >>> blocks.ids.shape, blocks.domain
+        (torch.Size([4, 16]), ['c4', 'wiki', 'c4', 'wiki'])
     """
     if split not in SPLITS:
         raise InputError(f"split {split!r}: choose one of {', '.join(SPLITS)}")

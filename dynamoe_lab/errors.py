@@ -8,7 +8,14 @@ __all__ = ["InputError"]
 
 
 class InputError(ValueError):
-    """Input that a person can correct. The message is one line: what is wrong, where, and what to do about it."""
+    """Input that a person can correct. The message is one line: what is wrong, where, and what to do about it.
+
+    Example:
+        >>> lab.load_experiment("quik")
+        Traceback (most recent call last):
+            ...
+        dynamoe_lab.errors.InputError: unknown profile 'quik': choose one of ..., or give a path to a YAML file
+    """
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))

@@ -53,6 +53,11 @@ def load_model(
     Raises:
         InputError: no such name, folder or Hub id; no network; a broken config; weights that are missing, do not fit, are cut off or
             come as a pickle; code that was not trusted; no tokenizer; an unknown dtype or device.
+
+    Example:
+        >>> model, tokenizer = lab.load_model("smollm2-pico")
+        >>> type(model).__name__, model.config.num_hidden_layers, model.dtype
+        ('LlamaForCausalLM', 3, torch.float32)
     """
     from transformers import AutoModelForCausalLM
 
@@ -98,6 +103,11 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> "Pre
 
     Raises:
         InputError: no such name, folder or Hub id; no network; no tokenizer there, or a broken one.
+
+    Example:
+        >>> tokenizer = lab.load_tokenizer("smollm2-pico")
+        >>> tokenizer.decode(tokenizer("Hello there")["input_ids"])
+        'Hello there'
     """
     return _load_tokenizer(name, _locate(name), trust_remote_code)
 

@@ -59,6 +59,16 @@ def token_classes(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int] | Non
 
     Raises:
         InputError: an id that the tokenizer does not have.
+
+    Example:
+        >>> tokenizer = lab.load_tokenizer("smollm2-pico")
+        >>> lab.token_classes(tokenizer, tokenizer("Feed 2 cats.")["input_ids"])  # by id
+           token_id  token     token_class
+        0        30      .     punctuation
+        1        34      2          digits
+        2       216            white space
+        3      7680   cats            word
+        4     27268   Feed  part of a word
     """
     import pandas as pd
 

@@ -31,6 +31,16 @@ def convert(
     Raises:
         InputError: not a transformers model, an unsupported family, a model that is converted already, sizes that collapse, no
             calibration; ToMoE: attention pruning of a family whose heads cannot be pruned.
+
+    Example:
+        >>> dense, _ = lab.random_pair(64, 128)  # hidden and MLP size
+        >>> ids = torch.arange(64).view(2, 32)
+        >>> model = lab.convert(dense, lab.DynaMoEConfig(theta=0.8), calibration=ids)
+        >>> model.routed_mlps()[0].sizes  # neurons of each expert
+        (32, 64, 96, 128)
+        >>> model.set_routing("full")  # every token at full width: still the dense function
+        >>> bool(lab.logit_change(model, dense, ids)["max_abs"][0] < 1e-3)
+        True
     """
     config = DynaMoEConfig() if config is None else config
     if isinstance(config, ToMoEConfig):

@@ -40,6 +40,12 @@ def export(model: PreTrainedModel, form: str = "tomoe") -> PreTrainedModel:
 
     Raises:
         InputError: a model that is not a masked ToMoE model, an unknown form, or one that this model cannot take.
+
+    Example:
+        >>> dense, _ = lab.random_pair(64, 128)
+        >>> masked = lab.convert(dense, lab.ToMoEConfig(num_experts=4))  # then lab.train(masked, ...)
+        >>> type(masked).__name__, type(lab.export(masked)).__name__
+        ('ToMoEMaskedLlamaForCausalLM', 'ToMoELlamaForCausalLM')
     """
     if form not in FORMS:
         raise InputError(f"export: form = {form!r}: choose one of {', '.join(FORMS)}")

@@ -31,6 +31,12 @@ def calibrate(dense: PreTrainedModel, calibration: Blocks | Tensor, *, batch_siz
         normalised_squares (sum of (h_tj / ||MLP(x_t)||)^2), down_norm (||W_down[:, j]||), all float64; tokens (that were seen).
 
     Raises InputError if activations are not finite (a broken checkpoint), there are no blocks, or the model is converted already.
+
+    Example:
+        >>> dense, _ = lab.random_pair(64, 128, layers=2)
+        >>> statistics = lab.calibrate(dense, torch.arange(64).view(2, 32))
+        >>> statistics.shape, statistics["tokens"].unique().tolist()  # a row per layer and neuron
+        ((256, 7), [64])
     """
     blocks = require_blocks(calibration, "calibrate")
     if getattr(dense.config, "moe", None):
@@ -106,8 +112,26 @@ def importance(statistics: pd.DataFrame, formula: str, *, seed: int = 0) -> Tens
 def importance_table(statistics: pd.DataFrame, *, formulas: tuple[str, ...] = FORMULAS[:-1]) -> pd.DataFrame:
     """Importance of a dense model's neurons in order, by several formulas from the frame of one `calibrate`.
 
-    Returns columns formula, layer, rank (0 = most important neuron of its layer), value. `random` is left out unless asked for: sorted
+    Args:
+        statistics: the frame of `calibrate`.
+        formulas: of `FORMULAS`.
+
+    Returns:
+        formula, layer, rank (0 = most important neuron of its layer), value. `random` is left out unless asked for: sorted
     random numbers have a curve, too, but it says nothing about the model.
+
+    Raises:
+        InputError: an unknown formula.
+
+    Example:
+        >>> statistics = pd.DataFrame({"layer": 0, "neuron": [0, 1], "squares": [1.0, 9.0], "down_norm": [1.0, 2.0]})
+        >>> statistics = statistics.assign(absolutes=[1.0, 3.0], normalised_squares=[1.0, 1.0])
+        >>> lab.importance_table(statistics, formulas=("l2", "l2_down"))
+           formula  layer  rank  value
+        0       l2      0     0    3.0
+        1       l2      0     1    1.0
+        2  l2_down      0     0    6.0
+        3  l2_down      0     1    1.0
     """
     frames = []
     for formula in formulas:

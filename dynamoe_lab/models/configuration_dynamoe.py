@@ -45,7 +45,16 @@ LabelTarget = Literal["current", "frozen"]
 
 @dataclass
 class DynaMoEConfig:
-    """How a dense model becomes a mixture of nested experts, and how its routers are supervised. [D] marks what the paper leaves open."""
+    """How a dense model becomes a mixture of nested experts, and how its routers are supervised. [D] marks what the paper leaves open.
+
+    Example:
+        >>> lab.DynaMoEConfig(experts=(0.5, 1.0)).sizes(1536)
+        (768, 1536)
+        >>> lab.DynaMoEConfig(theta=90)
+        Traceback (most recent call last):
+            ...
+        ValueError: dynamoe.theta = 90: a cosine similarity, give a number from -1 to 1 (the paper: 0.7 to 0.9)
+    """
 
     experts: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # share of the intermediate size of each prefix; increasing, last 1.0
     theta: float = 0.9  # a token's label is the smallest expert whose output has at least this cosine to the full output

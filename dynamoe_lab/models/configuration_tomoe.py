@@ -32,7 +32,16 @@ Attention = Literal["hybrid", "none", "dynamic"]
 
 @dataclass
 class ToMoEConfig:
-    """How experts are sought inside a frozen dense model. [D] marks what paper and released code leave open."""
+    """How experts are sought inside a frozen dense model. [D] marks what paper and released code leave open.
+
+    Example:
+        >>> lab.ToMoEConfig(p=0.7).num_experts
+        8
+        >>> lab.ToMoEConfig(p=70)
+        Traceback (most recent call last):
+            ...
+        ValueError: tomoe.p = 70: a share of the weights, give a number above 0, at most 1 (the paper: 0.4 to 0.6)
+    """
 
     num_experts: int = 8
     p: float = 0.5  # target ratio of attention and MLP weights that are active (the paper: 0.4 to 0.6)

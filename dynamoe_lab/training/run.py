@@ -67,6 +67,15 @@ def train(
         InputError: not a model that can be trained, another method's config, no blocks, `eval_steps` without held-out text, or
             `output_dir` holds another run.
         TrainingDiverged: the loss is no longer finite or ran away.
+
+    Example:
+        >>> _, model = lab.random_pair(64, 128)
+        >>> settings = lab.TrainConfig(steps=2, batch_size=2)
+        >>> steps = lab.train(model, torch.arange(128).view(8, 16), settings, output_dir="run", progress=False)
+        >>> steps[["run", "step", "tokens"]]  # two blocks of 16 tokens a step
+             run  step  tokens
+        0  train     1      32
+        1  train     2      64
     """
     kind, config = _trainer_of(model, config)
     blocks = require_blocks(blocks, "train")
