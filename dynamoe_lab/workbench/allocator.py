@@ -18,6 +18,10 @@ def keep_freed_memory() -> bool:
 
     Returns:
         Whether it took effect; False where the C library is not glibc.
+
+    Example:
+        >>> lab.keep_freed_memory() in (True, False)  # True on Linux with glibc
+        True
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -25,6 +25,11 @@ def pareto_case(cell: Cell, mode: str | int) -> dict[str, Any]:
     Methods: "static" of one width for all tokens, "tomoe p = 0.7" of ToMoE's routers ("tomoe random p = 0.7" and the like of other modes),
     else the mode. theta is nan where no labels were used: of a fixed width, and of a static cut that was not made beside a router (of a
     sweep's cell whose settings name no θ).
+
+    Example:
+        >>> kept = {"steps": None, "traces": {}, "losses": {}, "reference": None, "active": {}, "checkpoint": None}
+        >>> lab.pareto_case(lab.Cell(lab.Experiment(), **kept, train_tokens=40_960), "router")
+        {'method': 'router', 'theta': 0.9, 'seed': 0, 'train_tokens': 40960}
     """
     experiment = cell.experiment
     if experiment.method == "tomoe":
@@ -59,6 +64,18 @@ def score_cells(
 
     Raises:
         InputError: an unknown method, cells of several dense models, "random" of a cell without a trace of its router; as `evaluate_task`.
+
+    Example:
+        >>> small = ["train.steps=0", "data.heldout=tiny", "data.heldout_tokens=256", "data.calibration_tokens=256"]
+        >>> def step(function, *args, **kwargs):  # a notebook gives run.step
+        ...     return function(*args, **kwargs)
+        >>> cell = lab.run_cell(lab.load_experiment("smoke", small), step=step)
+        >>> _, documents = lab.score_cells([cell], step=step, methods=["router"], tasks=["sciq"], limit=2)
+        >>> documents.groupby(["method", "task"])["doc_id"].nunique()
+        method  task
+        dense   sciq    2
+        router  sciq    2
+        Name: doc_id, dtype: int64
     """
     import pandas as pd
 

@@ -142,6 +142,14 @@ def run_cell(
 
     Raises:
         InputError: a mode that this experiment does not have, and whatever the steps refuse.
+
+    Example:
+        >>> small = ["train.steps=0", "data.heldout=tiny", "data.heldout_tokens=256", "data.calibration_tokens=256"]
+        >>> def step(function, *args, **kwargs):  # a notebook gives run.step
+        ...     return function(*args, **kwargs)
+        >>> cell = lab.run_cell(lab.load_experiment("smoke", small), modes=["router", 1], step=step)
+        >>> list(cell.traces), float(cell.active[1]["active_mlp_fraction"])
+        (['router'], 0.5)
     """
     from dynamoe_lab.analysis import expert_usage, routed_losses
     from dynamoe_lab.evaluation import count_active_params, document_divergences, document_losses, trace_routing
@@ -257,6 +265,15 @@ def time_cells(cells: Sequence[Cell], *, step: Callable[..., Any], pairs: int = 
 
     Raises:
         InputError: what `measure_latency` refuses, e.g. more blocks than there are.
+
+    Example:
+        >>> small = ["train.steps=0", "data.heldout=tiny", "data.heldout_tokens=256", "data.calibration_tokens=256"]
+        >>> def step(function, *args, **kwargs):  # a notebook gives run.step
+        ...     return function(*args, **kwargs)
+        >>> cell = lab.run_cell(lab.load_experiment("smoke", small), modes=[1], step=step)
+        >>> (times,) = lab.time_cells([cell], step=step, pairs=1, batch=1)
+        >>> float(times[1]["active_mlp_fraction"]), int(times[1]["n"])
+        (0.5, 1)
     """
     from dynamoe_lab.analysis import latency_ratios
     from dynamoe_lab.evaluation import measure_latency
@@ -318,6 +335,13 @@ def static_cut(cell: Cell) -> dict[str, Any] | None:
 
     Raises:
         InputError: the cell was measured without mode "router".
+
+    Example:
+        >>> active = {"router": pd.Series({"mlp_total": 1000, "mlp_active": 600, "router": 60})}
+        >>> kept = {"steps": None, "traces": {}, "losses": {}, "reference": None, "checkpoint": None, "train_tokens": 0}
+        >>> cell = lab.Cell(lab.Experiment(), active=active, neurons=1000, neuron_params=1, **kept)
+        >>> lab.static_cut(cell)["dynamoe.experts"]  # 600 + 60 of 1000 parameters
+        [0.66, 1.0]
     """
     if "router" not in cell.active:
         raise InputError(f"static_cut: the cell has no mode 'router' but {', '.join(map(str, cell.active))}; measure it with router, too")

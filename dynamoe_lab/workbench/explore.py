@@ -18,6 +18,12 @@ def continue_text(
     """The text with a continuation of at most `new_tokens` tokens under the model's current routing: greedy, or sampled from `seed`.
 
     Raises InputError if the text is empty or the model has no room for the continuation.
+
+    Example:
+        >>> model, tokenizer = lab.load_model("smollm2-pico")
+        >>> text = lab.continue_text(model, tokenizer, "Once upon a time", new_tokens=4)
+        >>> text.startswith("Once upon a time"), len(text) > len("Once upon a time")
+        (True, True)
     """
     import torch
 
@@ -52,6 +58,16 @@ def explorer(
         text: what stands in the box at first.
         new_tokens: length of a continuation.
         max_tokens: longest text that is traced.
+
+    Returns:
+        A box of the text, the buttons, and the page that they fill.
+
+    Example:
+        >>> dense, tokenizer = lab.load_model("smollm2-pico")
+        >>> model = lab.convert(dense, calibration=torch.arange(64).view(1, 64))
+        >>> box, buttons, shown = lab.explorer(model, tokenizer, text="Hello there").children
+        >>> box.value, "2 tokens" in shown.value
+        ('Hello there', True)
     """
     import ipywidgets
 

@@ -61,6 +61,13 @@ def start(name: str, profile: str = "quick", overrides: Iterable[str] = (), outp
 
     Raises:
         InputError: a name that is no file name, an unknown profile or field, an impossible value.
+
+    Example:
+        >>> from pathlib import Path
+        >>> run = lab.start("my_study", profile="smoke", output=Path("results").absolute())
+        >>> run.result("answer", 42, n=1)
+        >>> run
+        Run('my_study', profile='smoke', status='running')
     """
     from dynamoe_lab.config import load_experiment, project_root
 
@@ -88,7 +95,16 @@ def run_command(name: str, profile: str, given: Iterable[str], report: Path, roo
 
 
 class Run:
-    """An open run; made by `start`. `experiment` is the resolved experiment, `folder` where results go, `record` what is known so far."""
+    """An open run; made by `start`. `experiment` is the resolved experiment, `folder` where results go, `record` what is known so far.
+
+    Example:
+        >>> from pathlib import Path
+        >>> run = lab.start("my_study", profile="smoke", output=Path("results").absolute())
+        >>> run.table(pd.DataFrame({"layer": [0], "share": [0.5]}), "shares", caption="Shares of the first layer.")
+        >>> run.finding("Half of it runs.", source="shares")
+        >>> run.finish()
+        my_study  ok  1 table, 1 finding  in ...
+    """
 
     def __init__(
         self,

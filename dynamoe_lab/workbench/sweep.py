@@ -117,6 +117,16 @@ def run_sweep(
 
     Raises:
         InputError: before anything runs: what `Sweep.resolve` refuses, or an override of a field that the sweep varies.
+
+    Example:
+        >>> from pathlib import Path
+        >>> small = ["train.steps=0", "data.heldout=tiny", "data.heldout_tokens=256", "data.calibration_tokens=256"]
+        >>> sweep = lab.Sweep(name="two", axes={"dynamoe.theta": [0.5, 0.9]}, modes=["label"])
+        >>> result = lab.run_sweep(sweep, profile="smoke", overrides=small, jobs=1, home=Path("steps").absolute(), progress=None)
+        >>> result.table.loc[result.table["metric"] == "active_mlp_fraction", ["dynamoe.theta", "mode", "n", "status"]]
+           dynamoe.theta   mode    n status
+        1            0.5  label  2.0     ok
+        3            0.9  label  2.0     ok
     """
     overrides = list(overrides)
     for override in overrides:

@@ -57,7 +57,13 @@ class Plan:
 
 @dataclass
 class Sweep(SweepFile):
-    """A sweep file, read; `name` is the file's name without suffix."""
+    """A sweep file, read; `name` is the file's name without suffix.
+
+    Example:
+        >>> sweep = lab.Sweep(name="two", axes={"dynamoe.theta": [0.8, 0.9]}, overrides=["train.steps=0"])
+        >>> [plan.experiment.dynamoe.theta for plan in sweep.resolve("smoke")]
+        [0.8, 0.9]
+    """
 
     name: str = "sweep"
 
@@ -151,6 +157,11 @@ def load_sweep(file: str | Path) -> Sweep:
     Raises:
         InputError: no such file (with the nearest name), no YAML, an unknown entry or one of the wrong kind. Fields and values are
             checked by `Sweep.resolve`.
+
+    Example:
+        >>> sweep = lab.load_sweep("importance")
+        >>> sweep.profile, list(sweep.axes)
+        ('quick', ['dynamoe.importance'])
     """
     import yaml
     from omegaconf import OmegaConf

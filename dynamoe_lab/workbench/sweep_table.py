@@ -52,6 +52,14 @@ def read_sweep(path: str | Path) -> "pd.DataFrame":
     """The table `sweep` from the `sweep.csv` that `dynamoe-lab sweep` wrote; relative paths start at the project root.
 
     Raises `InputError` if there is no such file, or it is no such table.
+
+    Example:
+        >>> from pathlib import Path
+        >>> table = pd.DataFrame({"cell": [1], "mode": [1], "metric": "perplexity_ratio", "value": 1.5, "status": "ok"})
+        >>> table.to_csv("sweep.csv", index=False)
+        >>> lab.read_sweep(Path("sweep.csv").absolute())  # a mode is text, an expert's index, too
+           cell mode            metric  value status
+        0     1    1  perplexity_ratio    1.5     ok
     """
     import pandas as pd
 
