@@ -1,6 +1,8 @@
 """dynamoe-lab: how much compute can a language model save on easy tokens?
 
 `import dynamoe_lab as lab` is light; a name brings its room (and torch, if that needs it) with its first use.
+
+Examples in docstrings are written for `lab`, and `np`, `pd` and `torch` imported as usual; the tests run them.
 """
 
 from importlib import import_module

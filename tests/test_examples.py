@@ -6,23 +6,26 @@ in an empty folder. White space in an output does not matter, `...` stands for a
 
 import ast
 import doctest
+import inspect
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dynamoe_lab"
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+ASSETS = ("smollm2", '"smoke"', '"sciq"', '"piqa"')  # what an example needs the offline defaults for
 
 
 def examples() -> list:
     """Every docstring with an example, found without importing its module."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)) if ">>>" in source else ():
             documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
             if documented and ">>>" in (text := ast.get_docstring(node) or ""):
                 name, line = getattr(node, "name", "module"), node.body[0].lineno
-                marks = [pytest.mark.assets] if "smollm2" in text else []  # it loads a default model, its tokenizer or text
+                marks = [pytest.mark.assets] if any(word in text for word in ASSETS) else []
                 found.append(pytest.param(path, name, text, line, id=f"{path.relative_to(PACKAGE)}:{name}", marks=marks))
     return found
 
@@ -43,3 +46,10 @@ def test_example(path, name, text, line, tmp_path, monkeypatch):
     plt.close("all")
     if told:
         pytest.fail("".join(told), pytrace=False)
+
+
+def test_every_public_function_has_an_example():
+    import dynamoe_lab as lab
+
+    functions = {name: getattr(lab, name) for name in lab.__all__ if inspect.isfunction(getattr(lab, name))}
+    assert not [name for name, function in functions.items() if ">>>" not in function.__doc__]
