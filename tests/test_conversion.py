@@ -1,5 +1,6 @@
 """Calibration statistics and importance against sums written out; what convert refuses."""
 
+import pandas as pd
 import pytest
 import torch
 from conftest import make_blocks, make_converted, make_dense
@@ -54,6 +55,11 @@ def test_token_normalising_tames_an_attention_sink(blocks):
     statistics.loc[here, "normalised_squares"] += 1  # its normalised activations have a bounded sum
     assert importance(statistics, "l2_down")[0].argmax() == 5
     assert importance(statistics, "l2_down_tokennorm")[0].argmax() == before
+
+
+def test_statistics_of_another_kind_are_refused():
+    with pytest.raises(InputError, match=r"lack squares, absolutes, normalised_squares, down_norm; give the frame of lab\.calibrate"):
+        importance_table(pd.DataFrame({"layer": [0], "neuron": [0]}))
 
 
 def test_random_importance_is_seeded(blocks):

@@ -290,17 +290,17 @@ class TestCurves:
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "columns"),
     [
-        lambda frame: router_confusion(frame, theta=0.9),
-        lambda frame: router_chance(frame, theta=0.9),
-        error_distance,
-        lambda frame: expert_usage(frame, theta=0.9),
-        lambda frame: active_fraction(frame, theta=0.9, fractions=FRACTIONS),
+        (lambda frame: router_confusion(frame, theta=0.9), "label, expert"),
+        (lambda frame: router_chance(frame, theta=0.9), "label, expert"),
+        (error_distance, "label, expert"),
+        (lambda frame: expert_usage(frame, theta=0.9), "expert"),  # usage needs no labels
+        (lambda frame: active_fraction(frame, theta=0.9, fractions=FRACTIONS), "expert"),
     ],
 )
-def test_a_missing_column_and_its_function_are_named(call):
-    with pytest.raises(InputError, match=r"^(router_|error_|expert_|active_)\w+: the frame lacks the column\(s\) label, expert;"):
+def test_a_missing_column_and_its_function_are_named(call, columns):
+    with pytest.raises(InputError, match=rf"^(router_|error_|expert_|active_)\w+: the frame lacks the column\(s\) {columns};"):
         call(make_routing([0], [0]).drop(columns=["label", "expert"]))
     with pytest.raises(InputError, match="no rows"):
         call(make_routing([0], [0]).iloc[:0])

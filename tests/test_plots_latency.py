@@ -8,6 +8,7 @@ from matplotlib.colors import same_color
 from test_plots import close_figures, texts, title  # noqa: F401
 
 from dynamoe_lab.analysis import plots, style
+from dynamoe_lab.analysis.findings import time_parts_finding
 from dynamoe_lab.analysis.plots.time_costs import _PARTS
 from dynamoe_lab.errors import InputError
 
@@ -125,6 +126,12 @@ class TestParts:
             plots.plot_time_parts(pd.concat([make_parts(), make_parts()]))
         with pytest.raises(InputError, match="unknown part 'softmax'; parts are MLP, router"):
             plots.plot_time_parts(make_parts().replace({"part": {"head": "softmax"}}))
+
+    @pytest.mark.parametrize("draw", [plots.plot_time_parts, plots.plot_latency, plots.plot_realised_vs_ideal, time_parts_finding])
+    def test_phases_that_nobody_knows_are_refused(self, draw):
+        frame = make_ratios() if draw in (plots.plot_latency, plots.plot_realised_vs_ideal) else make_parts()
+        with pytest.raises(InputError, match=f"{draw.__name__}: no rows of a phase that is known; give prefill or decode"):
+            draw(frame[frame["phase"] == "prefill"].assign(phase="warm-up"))
 
 
 class TestGrowth:

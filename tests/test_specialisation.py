@@ -154,3 +154,14 @@ def test_expert_choice_counts():
     assert whole["domain"].to_dict() == whole["token class"].to_dict()
     assert choices.groupby(["factor", "level", "layer"])["share"].sum().to_numpy() == pytest.approx(1)
     assert choices["expert"].max() == 4
+
+
+def test_a_factor_of_rare_levels_has_no_choices():
+    """No shares of nothing: few tokens in every domain, all of one class."""
+    trace = make_trace(n=300)
+    trace["domain"] = trace["domain"] + trace["document"].astype(str)
+    most = trace[trace["position"] > 0].groupby(["domain", "layer"]).size().max()
+    one = make_classes().assign(token_class="word")
+    assert set(expert_choice(trace, one, experts=4, least=most + 1)["factor"]) == {"token class"}
+    with pytest.raises(InputError, match="expert_choice: no domain and no class with 9999 tokens"):
+        expert_choice(trace, one, experts=4, least=9999)

@@ -22,6 +22,9 @@ def convert(
 ) -> PreTrainedModel:
     """Convert a dense causal language model; returns a new model in eval mode, the dense one stays as it is.
 
+    DynaMoE (arXiv 2502.12325): neurons are sorted by importance, prefixes become experts, each layer gets a router. ToMoE (arXiv
+    2501.15316): hypernetwork, routers and mask decoders are put beside weights that stay as they are.
+
     Args:
         dense: a model of a family in `dynamoe_lab.models.FAMILIES`.
         config: the method and its settings: `DynaMoEConfig` or `ToMoEConfig` (its trainable form); None: `DynaMoEConfig()`.

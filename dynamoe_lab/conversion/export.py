@@ -30,7 +30,7 @@ FORMS = ("tomoe", "mixtral")
 
 
 def export(model: PreTrainedModel, form: str = "tomoe") -> PreTrainedModel:
-    """Export a masked ToMoE model to its deployed form; returns a new model in eval mode, the masked one stays as it is.
+    """Export a masked ToMoE model to its deployed form (arXiv 2501.15316); returns a new model in eval mode, the masked one stays as it is.
 
     Args:
         model: what `convert` with a `ToMoEConfig` gave, and `train` trained.

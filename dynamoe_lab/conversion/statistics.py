@@ -26,6 +26,8 @@ FORMULAS = ("l2_down", "l2_down_tokennorm", "l2", "abs", "random")
 def calibrate(dense: PreTrainedModel, calibration: Blocks | Tensor, *, batch_size: int = 8) -> pd.DataFrame:
     """Run calibration blocks [n, T] through a dense model once and collect activation statistics of every layer's MLP.
 
+    What arXiv 2502.12325 orders neurons by; its calibration takes 0.004 % of the training tokens. `batch_size`: blocks of a forward.
+
     Returns:
         One row per layer and neuron, in order: layer, neuron, squares (sum over tokens of h_tj^2), absolutes (sum of |h_tj|),
         normalised_squares (sum of (h_tj / ||MLP(x_t)||)^2), down_norm (||W_down[:, j]||), all float64; tokens (that were seen).
@@ -94,6 +96,8 @@ def importance(statistics: pd.DataFrame, formula: str, *, seed: int = 0) -> Tens
     MLP output; `l2`: sqrt(sum h_j^2); `abs`: sum |h_j|; `random`: uniform numbers from `seed`, the control. `statistics` is the frame of
     `calibrate`.
     """
+    if missing := [name for name in ("layer", *SUMS) if name not in statistics]:
+        raise InputError(f"importance: the statistics lack {', '.join(missing)}; give the frame of lab.calibrate")
     layers = int(statistics["layer"].max()) + 1
     squares, absolutes, normalised, down_norm = (torch.from_numpy(statistics[name].to_numpy().reshape(layers, -1).copy()) for name in SUMS)
     if formula == "l2_down":
@@ -121,7 +125,7 @@ def importance_table(statistics: pd.DataFrame, *, formulas: tuple[str, ...] = FO
     random numbers have a curve, too, but it says nothing about the model.
 
     Raises:
-        InputError: an unknown formula.
+        InputError: an unknown formula, or a frame that is not of `calibrate`.
 
     Example:
         >>> statistics = pd.DataFrame({"layer": 0, "neuron": [0, 1], "squares": [1.0, 9.0], "down_norm": [1.0, 2.0]})

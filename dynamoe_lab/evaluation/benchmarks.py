@@ -62,6 +62,10 @@ def evaluate_benchmarks(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`evaluate_task` of every task, one table of each kind: scores, documents. Names are checked before anything is scored.
 
+    Args:
+        model, tokenizer, limit, batch_size, run, progress: as in `evaluate_task`.
+        tasks: names or task files as in `load_tasks`; by default the seven of arXiv 2502.12325, Table 1.
+
     Raises:
         InputError: as `evaluate_task` and `load_tasks`.
 
@@ -96,6 +100,7 @@ def evaluate_task(
     """Score a dense or converted model, zero-shot, under the routing that is set, which is left as it was.
 
     Args:
+        model, tokenizer: what is scored; both stay as they are.
         task: a name or task file as in `load_tasks`; a step's key has the contents of the file and of all that it reads (`task_sources`).
         limit: score the first so many documents; None: all.
         batch_size: sequences of a forward. It moves scores within float ties only.

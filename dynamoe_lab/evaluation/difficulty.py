@@ -19,6 +19,8 @@ __all__ = ["trace_similarity"]
 def trace_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8, run: str = "") -> pd.DataFrame:
     """Run blocks [n, T] through a converted model with every token at full width (the dense function, while nothing is trained).
 
+    What labels are read off (arXiv 2502.12325: the smallest expert within θ). `batch_size`: blocks of a forward; `run`: names the trace.
+
     Returns:
         Table `similarity`, one row per token and layer: run, domain, document, position (in the block), token_id, layer, surprisal (-ln p
         of the token itself, nats; NaN at position 0), next_surprisal (of the token that follows; NaN at the last position), similarity_0 to

@@ -26,6 +26,7 @@ def document_divergences(
         model: a converted model, under its current routing, which is left as it was.
         blocks: held-out blocks [n, T].
         reference: the dense model; None: a masked ToMoE model with all masks open, which is its dense parent.
+        batch_size: blocks of a forward.
 
     Returns:
         document, domain, kl (nats), tokens.

@@ -44,7 +44,7 @@ def expert_fractions(model: PreTrainedModel) -> pd.DataFrame:
 
 @torch.no_grad()
 def expert_masks(model: PreTrainedModel, run: str = "") -> pd.DataFrame:
-    """Which neurons of its layer's MLP every expert of a ToMoE model has.
+    """Which neurons of its layer's MLP every expert of a ToMoE model (arXiv 2501.15316) has.
 
     Args:
         model: in the masked form, whose neurons are the dense model's; in the deployed form they are gone where no expert has them.
@@ -85,7 +85,7 @@ def expert_masks(model: PreTrainedModel, run: str = "") -> pd.DataFrame:
 
 @torch.no_grad()
 def attention_masks(model: PreTrainedModel, run: str = "") -> pd.DataFrame:
-    """Which rotary pairs of queries and keys each layer of a ToMoE model keeps, the same for all heads and tokens.
+    """Which rotary pairs of queries and keys each layer of a ToMoE model (arXiv 2501.15316) keeps, the same for all heads and tokens.
 
     Returns:
         One row per pair: run, layer, pair (dimensions i and i + d_h / 2 of a head), open (bool). No rows where no mask holds for a whole

@@ -24,6 +24,10 @@ def token_surprisal(logits: Tensor, ids: Tensor) -> Tensor:
 def document_losses(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8) -> pd.DataFrame:
     """Summed next-token loss of every document in blocks [n, T]: columns document, domain, nll (nats), tokens (predicted ones).
 
+    Args:
+        model: dense or converted, under its current routing; left as it was found.
+        batch_size: blocks of a forward.
+
     Raises:
         InputError: no blocks.
 

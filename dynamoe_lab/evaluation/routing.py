@@ -62,6 +62,11 @@ def token_columns(batch: Blocks, logits: Tensor) -> dict[str, np.ndarray]:
 def trace_routing(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8, run: str = "") -> pd.DataFrame:
     """Run blocks [n, T] through a converted model under its current routing, which is left as it was (also the draws of "random").
 
+    Args:
+        model, blocks: what is traced; a tensor's rows are documents of domain "text".
+        batch_size: blocks of a forward.
+        run: names the trace.
+
     Returns:
         Table `routing`, one row per token and layer: run, domain, document, position (in the block), token_id, layer, label (smallest
         expert within theta; DynaMoE alone), expert (used), probability (the router's, of the expert used), open_values (ToMoE alone: share
@@ -118,7 +123,12 @@ def trace_text(
 ) -> pd.DataFrame:
     """`trace_routing` of one text of your own, with a column `token`: the piece of the text each token stands for.
 
-    Raises InputError if the text is empty or longer than `max_tokens` tokens.
+    Args:
+        model, tokenizer: of one vocabulary; the routing of the model is left as it was.
+        run: names the trace.
+
+    Raises:
+        InputError: the text is empty or longer than `max_tokens` tokens; as `trace_routing`.
 
     Example:
         >>> dense, tokenizer = lab.load_model("smollm2-pico")
@@ -144,8 +154,9 @@ def trace_text(
 
 @torch.no_grad()
 def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8, run: str = "") -> pd.DataFrame:
-    """Cosine of every nested expert's output to the full output, by layer, of blocks [n, T] under routing "full" (the dense
-    function).
+    """Cosine of every nested expert's output to the full output, by layer, of blocks [n, T] under routing "full" (the dense function).
+
+    `batch_size`: blocks of a forward; `run`: names the rows.
 
     Returns:
         run, layer, expert, fraction (of the MLP), mean, q10, q50, q90, n (tokens but position 0), sink_mean (position 0 alone, which is an
@@ -198,6 +209,8 @@ def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_
 @torch.no_grad()
 def logit_change(model: PreTrainedModel, reference: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 4) -> pd.DataFrame:
     """How far a model's logits are from a reference's on the same blocks [n, T], each model under its current routing.
+
+    `batch_size`: blocks of a forward.
 
     Returns:
         One row: tokens, max_abs, mean_abs (of |model - reference|), logit_scale (standard deviation of the reference's

@@ -44,6 +44,9 @@ def train(
 ) -> pd.DataFrame:
     """Train a converted model in place.
 
+    DynaMoE (arXiv 2502.12325) minimises lambda_lm * LM loss + lambda_router * cross-entropy of the routers with the difficulty labels;
+    ToMoE (arXiv 2501.15316) lambda_kl * KL(dense || model) + lambda_ratio * R_P + lambda_union * R_U + lambda_balance * R_L.
+
     Args:
         model: a converted model, see `convert`; of ToMoE the masked one.
         blocks: training blocks [n, T]; shuffled by `config.seed`, repeated if `config.steps` asks for more than one epoch.

@@ -17,7 +17,11 @@ def continue_text(
 ) -> str:
     """The text with a continuation of at most `new_tokens` tokens under the model's current routing: greedy, or sampled from `seed`.
 
-    Raises InputError if the text is empty or the model has no room for the continuation.
+    Args:
+        model, tokenizer: dense or converted, of one vocabulary; no special tokens are put before the text.
+
+    Raises:
+        InputError: the text is empty, or the model has no room for the continuation.
 
     Example:
         >>> model, tokenizer = lab.load_model("smollm2-pico")
@@ -54,7 +58,7 @@ def explorer(
     """A text box with two buttons: colour this text, and continue it. Shows `text` at once; bad input is told below the box.
 
     Args:
-        model: a converted model of any method; its routing at the moment of the click counts.
+        model, tokenizer: a converted model of any method; its routing at the moment of the click counts.
         text: what stands in the box at first.
         new_tokens: length of a continuation.
         max_tokens: longest text that is traced.

@@ -51,7 +51,8 @@ def sweep_table(result: "SweepResult") -> "pd.DataFrame":
 def read_sweep(path: str | Path) -> "pd.DataFrame":
     """The table `sweep` from the `sweep.csv` that `dynamoe-lab sweep` wrote; relative paths start at the project root.
 
-    Raises `InputError` if there is no such file, or it is no such table.
+    Raises:
+        InputError: there is no such file, or it is no such table.
 
     Example:
         >>> from pathlib import Path

@@ -80,7 +80,7 @@ def time_parts_finding(parts: pd.DataFrame) -> str:
         parts: the frame of `time_parts`, several runs; the first run of a phase, the dense model, is told beside the last.
 
     Raises:
-        InputError: a column is missing.
+        InputError: a column is missing, or there are no rows of a known phase.
 
     Example:
         >>> parts = pd.DataFrame({"part": ["MLP", "attention", "head"], "seconds": [0.6, 0.3, 0.1]})
@@ -104,6 +104,8 @@ def time_parts_finding(parts: pd.DataFrame) -> str:
             names = list_names([f"{percent(share)} {'MLPs' if part == 'MLP' else part}" for part, share in shares.items()], len(PARTS))
             told.append(f"{run} {time}, of which {names}")
         texts.append(f"{_WHOLE[phase]} {setting} takes: {'; '.join(told)}")
+    if not texts:
+        raise InputError(f"time_parts_finding: no rows of a phase that is known; give {' or '.join(PHASES)}")
     message = ". ".join(text[0].upper() + text[1:] for text in texts)
     return f"{message}."
 

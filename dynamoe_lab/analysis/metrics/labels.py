@@ -17,6 +17,8 @@ FIRST, LATER = "first token", "later tokens"  # position 0 of a block is an atte
 def labels_at(similarity: pd.DataFrame, theta: float) -> np.ndarray:
     """The label of every row at one threshold: the smallest expert whose similarity is at least `theta`, else the last.
 
+    The difficulty label of arXiv 2502.12325.
+
     Args:
         similarity: the frame `similarity`: similarity_0 to similarity_{E-2}.
         theta: cosine, -1 to 1; compared in the precision of the similarities, as the model does.

@@ -21,7 +21,7 @@ _SAMPLED = (  # columns of `router_chance` that get an interval; the other chanc
 
 
 def router_confusion(routing: pd.DataFrame, *, theta: float, experts: int | None = None) -> pd.DataFrame:
-    """How often each label went to each expert, per layer.
+    """How often each label (the smallest sufficient expert, arXiv 2502.12325) went to each expert, per layer.
 
     Args:
         routing: the frame `routing`: run, domain, document, layer, label, expert; a row per token and layer.

@@ -137,10 +137,11 @@ def expert_choice(
         routing, classes, experts, least, without: as in `specialisation`.
 
     Returns:
-        run, factor, level (the domain or class; "all": all tokens), layer, expert, share, tokens: unused experts included with 0.
+        run, factor, level (the domain or class; "all": all tokens), layer, expert, share, tokens: unused experts included with 0. A factor
+        none of whose levels has `least` tokens is left out.
 
     Raises:
-        InputError: a column or a token's class is missing, or an expert is not below `experts`.
+        InputError: a column or a token's class is missing, an expert is not below `experts`, or no factor is left.
 
     Example:
         >>> routing = pd.DataFrame({"run": "a", "document": 0, "position": 1, "layer": 0, "token_id": [1, 1, 2, 2], "expert": [0, 1, 1, 1]})
@@ -157,12 +158,16 @@ def expert_choice(
     parts = []
     for factor in FACTORS:
         kept = _kept(rows, factor, len(layers), least)
+        if kept.empty:
+            continue
         code, names = pd.factorize(kept["level"], sort=True)
         counts = _counts(kept.assign(level=code), ("level", "layer", "expert"), (len(names), len(layers), experts))
         for level, tokens in [*zip(names, counts, strict=True), (ALL, counts.sum(axis=0))]:
             index = pd.MultiIndex.from_product([layers, range(experts)], names=["layer", "expert"])
             frame = pd.DataFrame({"run": str(routing["run"].iloc[0]), "factor": factor, "level": level}, index=index).reset_index()
             parts.append(frame.assign(share=(tokens / tokens.sum(axis=1, keepdims=True)).ravel(), tokens=tokens.ravel().astype(np.int64)))
+    if not parts:
+        raise InputError(f"expert_choice: no domain and no class with {least} tokens; trace more text")
     return pd.concat(parts, ignore_index=True)[["run", "factor", "level", "layer", "expert", "share", "tokens"]]
 
 

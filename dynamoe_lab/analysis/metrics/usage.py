@@ -15,7 +15,7 @@ __all__ = ["active_fraction", "expert_usage", "usage_summary"]
 
 def _labelled(routing: pd.DataFrame) -> pd.DataFrame:
     """Tallies count by label, too; of a method without labels (ToMoE) all have one, and sums over labels say what they always say."""
-    unlabelled = isinstance(routing, pd.DataFrame) and "expert" in routing and "label" not in routing
+    unlabelled = isinstance(routing, pd.DataFrame) and "label" not in routing
     return routing.assign(label=0) if unlabelled else routing
 
 

@@ -35,7 +35,7 @@ def plot_latency(ratios: pd.DataFrame, *, figure: Figure | SubFigure | None = No
         figure: where to draw; None: a new figure.
 
     Raises:
-        InputError: a column is missing, only rows of the dense model, or several rows of one setting and routing.
+        InputError: a column is missing, only rows of the dense model or of unknown phases, or several of one setting and routing.
 
     Example:
         >>> ratios = pd.DataFrame({"phase": "prefill", "batch": 1, "tokens": 1024, "routing": ["one expert"], "n": 5, "amdahl": 1 / 0.7})
@@ -73,7 +73,7 @@ def plot_realised_vs_ideal(ratios: pd.DataFrame, *, figure: Figure | SubFigure |
         figure: where to draw; None: a new figure.
 
     Raises:
-        InputError: a column is missing, only rows of the dense model, or several rows of one setting and routing.
+        InputError: a column is missing, only rows of the dense model or of unknown phases, or several of one setting and routing.
 
     Example:
         >>> ratios = pd.DataFrame({"phase": "prefill", "batch": 1, "tokens": 1024, "routing": ["one expert"], "n": 5})
@@ -104,7 +104,10 @@ def _phases(ratios: pd.DataFrame, function: str) -> list[str]:
         raise InputError(f"{function}: the frame has only rows of the dense model; measure the converted one, too")
     if rows.duplicated([*SETTING, "routing", "active_mlp_fraction"]).any():
         raise InputError(f"{function}: several rows of one setting and routing; pass the rows of one run, thread count and device")
-    return [phase for phase in PHASES if (rows["phase"] == phase).any()]
+    found = [phase for phase in PHASES if (rows["phase"] == phase).any()]
+    if not found:
+        raise InputError(f"{function}: no rows of a phase that is known; give {' or '.join(PHASES)}")
+    return found
 
 
 def _settings(ratios: pd.DataFrame, phase: str) -> list[tuple[pd.DataFrame, dict, float]]:

@@ -36,7 +36,7 @@ def plot_time_parts(
         figure: where to draw; None: a new figure.
 
     Raises:
-        InputError: a column is missing, an unknown part, or several rows of one run, phase and part.
+        InputError: a column is missing, an unknown part, no known phase, or several rows of one run, phase and part.
 
     Example:
         >>> parts = pd.DataFrame({"part": ["MLP", "attention", "head"], "seconds": [0.6, 0.3, 0.1], "share": [0.6, 0.3, 0.1]})
@@ -51,6 +51,8 @@ def plot_time_parts(
         raise InputError(f"plot_time_parts: unknown part {unknown[0]!r}; parts are {', '.join(PARTS)}")
     runs = list(dict.fromkeys(parts["run"]))
     phases = [phase for phase in PHASES if (parts["phase"] == phase).any()]
+    if not phases:
+        raise InputError(f"plot_time_parts: no rows of a phase that is known; give {' or '.join(PHASES)}")
     figure = canvas(3.6 + 0.72 * len(runs), figure)
     axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
     for ax, phase in zip(axes, phases, strict=True):
