@@ -108,7 +108,7 @@ def static_finding(comparison: pd.DataFrame) -> str:
         InputError: a column is missing.
 
     Example:
-        >>> row = {"theta": 0.9, "seed": 0, "train_tokens": 40_960, "active_params": 113e6, "static_params": 113e6}
+        >>> row = {"method": "router", "theta": 0.9, "seed": 0, "train_tokens": 40_960, "active_params": 113e6, "static_params": 113e6}
         >>> row |= {"active_mlp_fraction": 0.67, "static_fraction": 0.72, "ratio": 1.042, "low": 1.01, "high": 1.073}
         >>> print(lab.static_finding(pd.DataFrame([row | {"n": 25, "tokens": 8160, "confidence": 0.95}])))
         Routing beside a static cut trained alike, paired by document (n = 25 documents, 8,160 tokens): θ = 0.9 after 40,960 tokens of
