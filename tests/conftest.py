@@ -39,6 +39,7 @@ FAMILIES = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "tie_word_embeddings": False,
     },
+    "olmo2": {},
     "gpt_neox": {"num_key_value_heads": None, "tie_word_embeddings": False},
     "phi": {"tie_word_embeddings": False},
     "opt": {

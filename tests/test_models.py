@@ -9,19 +9,18 @@ import torch
 from conftest import FAMILIES, make_blocks, make_converted, make_dense
 from torch.nn import functional as F
 
-from dynamoe_lab.models import DynaMoEConfig, decoder_layers, family_of, labels_from_similarity
+from dynamoe_lab.models import DynaMoEConfig, decoder_layers, families, family_of, labels_from_similarity
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gemma3_text": tanh_gelu, "gpt_neox": F.gelu, "phi": tanh_gelu, "opt": F.relu}  # the others: SiLU
-NAMES = {"gpt_neox": ("dense_h_to_4h", "dense_4h_to_h"), "phi": ("fc1", "fc2"), "opt": ("fc1", "fc2")}  # the others: gate, up, down
 
 
 def projections(mlp, family="llama"):
-    """(weight, bias) of gate, up and down, or of up and down of a plain MLP, by their names in the family's files."""
+    """(weight, bias) of gate, up and down, or of up and down of a plain MLP, by the family's names for them."""
     values = dict(mlp.named_parameters())
     if family == "opt" and "weight" in values:  # the nested MLP is the layer's fc2
         values |= {"fc2.weight": values["weight"], "fc2.bias": values["bias"]}
-    return [(values[f"{name}.weight"], values.get(f"{name}.bias")) for name in NAMES.get(family, ("gate_proj", "up_proj", "down_proj"))]
+    return [(values[f"{name}.weight"], values.get(f"{name}.bias")) for name in family_of(family).projections]
 
 
 def naive_expert(mlp, x, fraction, family="llama", parts=None):
@@ -419,6 +418,12 @@ def test_a_static_route_leaves_the_router_its_own_loss(blocks):
     assert all(bool(parameter.grad.any()) for mlp in model.nested_mlps() for parameter in mlp.router.parameters())
     model.eval()
     assert not all(bool((experts == 1).all()) for experts in model(blocks.ids, output_router_logits=True).experts)
+
+
+def test_every_family_of_the_table_is_tested():
+    assert set(families.FAMILIES) == set(FAMILIES), (
+        "a family of models/families.py needs a pico model, an entry of FAMILIES in tests/conftest.py"
+    )
 
 
 # --- what the family table says -------------------------------------------------------------------------------------------------------

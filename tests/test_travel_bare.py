@@ -12,11 +12,14 @@ from test_tomoe import TOMOE, make_pruned
 
 import dynamoe_lab.models
 
-DYNAMOE = {f"dynamoe-{family}": (family, {}) for family in FAMILIES} | {"dynamoe-frozen": ("opt", {"label_target": "frozen"})}
+DYNAMOE = {f"dynamoe-{family}": (family, {}) for family in FAMILIES} | {
+    "dynamoe-frozen": ("opt", {"label_target": "frozen"}),
+    "dynamoe-residual": ("gemma3_text", {"label": "residual_error"}),
+}
 MASKED = {f"masked-{family}": family for family in TOMOE}
 DEPLOYED = {f"deployed-{family}-{attention}": (family, attention) for family, attention in CASES}
 CODE = {  # form -> its modeling file, what travels with it, what does not
-    "dynamoe": ("modeling_dynamoe", {"nested_mlp.py", "layer_mlp.py", "families.py"}, {"hypernetwork.py", "expert_mlp.py"}),
+    "dynamoe": ("modeling_dynamoe", {"nested_mlp.py", "layer_mlp.py", "labels.py", "families.py"}, {"hypernetwork.py", "expert_mlp.py"}),
     "masked": ("modeling_tomoe", {"masked_mlp.py", "hypernetwork.py", "families.py"}, {"expert_mlp.py", "nested_mlp.py"}),
     "deployed": (
         "modeling_tomoe_deployed",

@@ -3,18 +3,21 @@
 Importing this package registers the converted families with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from collections.abc import Iterable
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_dynamoe import CONFIG_CLASSES, DynaMoEConfig
 from .configuration_tomoe import DEPLOYED_CONFIGS, MASKED_CONFIGS, ToMoEConfig
 from .expert_mlp import ExpertMLP, ExpertTrace
 from .families import FAMILIES, Family, decoder_layers, dense_type_of, family_of
+from .labels import LABELS, Label, labels_from_similarity, nested_similarity
 from .masked_attention import MaskedAttention
 from .masked_mlp import MaskedMLP
 from .modeling_dynamoe import MODEL_CLASSES, DynaMoECausalLMOutput, DynaMoEMixin
 from .modeling_tomoe import MASKED_CLASSES, ToMoEMixin
 from .modeling_tomoe_deployed import DEPLOYED_CLASSES, ToMoEDeployedMixin
-from .nested_mlp import NestedMLP, Router, RoutingTrace, labels_from_similarity, nested_similarity
+from .nested_mlp import NestedMLP, Router, RoutingTrace
 from .pruned_attention import PrunedAttention
 from .routed import RoutedMixin, Routing, token_mask
 from .tomoe_output import LayerMasks, ToMoECausalLMOutput
@@ -24,8 +27,10 @@ __all__ = [
     "DEPLOYED_CLASSES",
     "DEPLOYED_CONFIGS",
     "FAMILIES",
+    "LABELS",
     "MASKED_CLASSES",
     "MASKED_CONFIGS",
+    "METHOD_MIXINS",
     "MODEL_CLASSES",
     "DynaMoECausalLMOutput",
     "DynaMoEConfig",
@@ -33,6 +38,7 @@ __all__ = [
     "ExpertMLP",
     "ExpertTrace",
     "Family",
+    "Label",
     "LayerMasks",
     "MaskedAttention",
     "MaskedMLP",
@@ -51,9 +57,20 @@ __all__ = [
     "family_of",
     "labels_from_similarity",
     "nested_similarity",
+    "register",
     "token_mask",
 ]
 
-for _model in (*MODEL_CLASSES.values(), *MASKED_CLASSES.values(), *DEPLOYED_CLASSES.values()):
-    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
+# Method -> the class of the models that it converts to and trains. See docs/extending.md, "A method".
+METHOD_MIXINS: dict[str, type[RoutedMixin]] = {"dynamoe": DynaMoEMixin, "tomoe": ToMoEMixin}
+
+
+def register(models: Iterable[type[PreTrainedModel]]) -> None:
+    """Let transformers' Auto classes load these converted models."""
+    for model in models:
+        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+
+
+for _classes in (MODEL_CLASSES, MASKED_CLASSES, DEPLOYED_CLASSES):
+    register(_classes.values())

@@ -4,43 +4,23 @@
 `config.json` as the plain dict `moe` of `DynaMoE<Family>Config`, which is otherwise the family's own config.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
 
-from transformers import (
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    PhiConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from .converted_config import converted_configs
+from .labels import LABELS
 
-try:  # transformers 5 makes config classes strict dataclasses; a subclass that adds a field has to say so too
-    from huggingface_hub.dataclasses import strict
-except ImportError:  # pragma: no cover - older hubs
-    strict = None
-
-__all__ = [
-    "CONFIG_CLASSES",
-    "DynaMoEConfig",
-    "DynaMoEGPTNeoXConfig",
-    "DynaMoEGemma3TextConfig",
-    "DynaMoELlamaConfig",
-    "DynaMoEMistralConfig",
-    "DynaMoEOPTConfig",
-    "DynaMoEPhiConfig",
-    "DynaMoEQwen2Config",
-    "DynaMoEQwen3Config",
-]
+__all__ = ["CONFIG_CLASSES", "DynaMoEConfig"]
 
 Importance = Literal["l2_down", "l2_down_tokennorm", "l2", "abs", "random"]
 RouterGradient = Literal["straight_through", "probability", "none"]
 LabelTarget = Literal["current", "frozen"]
+
+
+# Of a field that came later: while it has its default it is left out of `config.json` and of the keys of steps, so that models, checkpoints
+# and results from before it stay what they were.
+LATER = {"later": True}
 
 
 @dataclass
@@ -57,7 +37,7 @@ class DynaMoEConfig:
     """
 
     experts: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # share of the intermediate size of each prefix; increasing, last 1.0
-    theta: float = 0.9  # a token's label is the smallest expert whose output has at least this cosine to the full output
+    theta: float = 0.9  # a token's label is the smallest expert whose output has at least this similarity to the full output
     label_target: LabelTarget = "current"  # [D] whose outputs are compared: the MLP as it is now, or a frozen copy from conversion
     importance: Importance = "l2_down"  # [D] order of the neurons: sqrt(sum h_j^2) * ||W_down[:, j]||
     importance_seed: int = 0  # for importance "random", the control
@@ -68,6 +48,7 @@ class DynaMoEConfig:
     lambda_router: float = 1.0
     train_route: str | int = "router"  # [D] whose choice makes the output in training: router, label, full, or an expert's index
     router_gradient: RouterGradient = "straight_through"  # [D] how the LM loss reaches the router
+    label: str = field(default="cosine", metadata=LATER)  # which similarity, a name in `labels.LABELS`: cosine is the paper's
 
     def __post_init__(self) -> None:
         self.experts = tuple(float(fraction) for fraction in self.experts)
@@ -76,7 +57,7 @@ class DynaMoEConfig:
         if self.experts[0] <= 0 or any(a >= b for a, b in pairwise(self.experts)):
             raise ValueError(f"dynamoe.experts = {list(self.experts)}: give strictly increasing fractions above 0, e.g. [0.25,0.5,1.0]")
         if not -1.0 <= self.theta <= 1.0:
-            raise ValueError(f"dynamoe.theta = {self.theta}: a cosine similarity, give a number from -1 to 1 (the paper: 0.7 to 0.9)")
+            raise ValueError(f"dynamoe.theta = {self.theta}: a similarity, give a number from -1 to 1 (the paper: 0.7 to 0.9)")
         if self.router_hidden_size < 1:
             raise ValueError(f"dynamoe.router_hidden_size = {self.router_hidden_size}: give a whole number of at least 1")
         for name in ("lambda_lm", "lambda_router"):
@@ -86,6 +67,7 @@ class DynaMoEConfig:
             "label_target": ("current", "frozen"),
             "importance": ("l2_down", "l2_down_tokennorm", "l2", "abs", "random"),
             "router_gradient": ("straight_through", "probability", "none"),
+            "label": tuple(LABELS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -115,48 +97,17 @@ class DynaMoEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that JSON can hold; `from_dict` reads it back."""
-        return {**asdict(self), "method": "dynamoe", "experts": list(self.experts)}
+        later = {item.name for item in fields(self) if item.metadata.get("later") and getattr(self, item.name) == item.default}
+        values = {name: value for name, value in asdict(self).items() if name not in later}
+        return {**values, "method": "dynamoe", "experts": list(self.experts)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DynaMoEConfig":
         """The config from the `moe` dict of a checkpoint; entries that are not fields (where it came from) are left aside."""
-        names = {field.name for field in fields(cls)}
+        names = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
 
 
-def _moe_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The family's config class with one more field, `moe`."""
-    family = base.__name__.removesuffix("Config")
-    namespace = {
-        "__doc__": f"`{base.__name__}` plus `moe`, the plain dict of a `DynaMoEConfig` with where the model came from.",
-        "__module__": __name__,
-        "__annotations__": {"moe": dict | None},
-        "model_type": f"dynamoe_{base.model_type}",
-        "moe": None,
-    }
-    cls = type(f"DynaMoE{family}Config", (base,), namespace)
-    return strict(cls) if strict is not None else cls
-
-
-DynaMoELlamaConfig = _moe_config(LlamaConfig)
-DynaMoEMistralConfig = _moe_config(MistralConfig)
-DynaMoEQwen2Config = _moe_config(Qwen2Config)
-DynaMoEQwen3Config = _moe_config(Qwen3Config)
-DynaMoEGemma3TextConfig = _moe_config(Gemma3TextConfig)
-DynaMoEGPTNeoXConfig = _moe_config(GPTNeoXConfig)
-DynaMoEPhiConfig = _moe_config(PhiConfig)
-DynaMoEOPTConfig = _moe_config(OPTConfig)
-
-CONFIG_CLASSES = {
-    config.model_type.removeprefix("dynamoe_"): config
-    for config in (
-        DynaMoELlamaConfig,
-        DynaMoEMistralConfig,
-        DynaMoEQwen2Config,
-        DynaMoEQwen3Config,
-        DynaMoEGemma3TextConfig,
-        DynaMoEGPTNeoXConfig,
-        DynaMoEPhiConfig,
-        DynaMoEOPTConfig,
-    )
-}
+CONFIG_CLASSES = converted_configs(DynaMoEConfig, "DynaMoE", "dynamoe_")
+globals().update({cls.__name__: cls for cls in CONFIG_CLASSES.values()})  # where transformers looks for them: DynaMoELlamaConfig, ...
+__all__ += [cls.__name__ for cls in CONFIG_CLASSES.values()]

@@ -9,21 +9,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from transformers import (
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    PhiConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
-
-try:  # transformers 5 makes config classes strict dataclasses; a subclass that adds a field has to say so too
-    from huggingface_hub.dataclasses import strict
-except ImportError:  # pragma: no cover - older hubs
-    strict = None
+from .converted_config import converted_configs
+from .families import FAMILIES
 
 __all__ = ["DEPLOYED_CONFIGS", "MASKED_CONFIGS", "ToMoEConfig"]
 
@@ -95,25 +82,11 @@ class ToMoEConfig:
         return cls(**{name: value for name, value in values.items() if name in names})
 
 
-def _config(base: type[PreTrainedConfig], kind: str, prefix: str) -> type[PreTrainedConfig]:
-    """The family's config class with one more field, `moe`."""
-    family = base.__name__.removesuffix("Config")
-    namespace = {
-        "__doc__": f"`{base.__name__}` plus `moe`, the plain dict of a `ToMoEConfig` with where the model came from.",
-        "__module__": __name__,
-        "__annotations__": {"moe": dict | None},
-        "model_type": f"{prefix}{base.model_type}",
-        "moe": None,
-    }
-    cls = type(f"{kind}{family}Config", (base,), namespace)
-    cls = strict(cls) if strict is not None else cls
-    globals()[cls.__name__] = cls  # where transformers looks for it when it is loaded from a checkpoint's own files
-    __all__.append(cls.__name__)
-    return cls
+# OPT is not among them: its layers hold the projections of the MLP themselves.
+_FAMILIES = [name for name, family in FAMILIES.items() if family.mlp is not None]
 
-
-# OPT is not among them: its layers hold the projections of the MLP themselves, and learnt positions leave no pairs to prune.
-_BASES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Gemma3TextConfig, GPTNeoXConfig, PhiConfig)
-
-MASKED_CONFIGS = {base.model_type: _config(base, "ToMoEMasked", "tomoe_masked_") for base in _BASES}
-DEPLOYED_CONFIGS = {base.model_type: _config(base, "ToMoE", "tomoe_") for base in _BASES}
+MASKED_CONFIGS = converted_configs(ToMoEConfig, "ToMoEMasked", "tomoe_masked_", _FAMILIES)
+DEPLOYED_CONFIGS = converted_configs(ToMoEConfig, "ToMoE", "tomoe_", _FAMILIES)
+for _config in (*MASKED_CONFIGS.values(), *DEPLOYED_CONFIGS.values()):  # where transformers looks for them
+    globals()[_config.__name__] = _config
+    __all__.append(_config.__name__)

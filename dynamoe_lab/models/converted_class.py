@@ -1,11 +1,25 @@
 """How a converted family's model class is made: the method's mixin before the family's own class, and what transformers asks of both."""
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from .families import Family
+from .families import FAMILIES, Family
 
-__all__ = ["converted_class"]
+__all__ = ["converted_class", "converted_classes"]
+
+
+def converted_classes(mixin: type, kind: str, configs: Mapping[str, type[PreTrainedConfig]], doc: str) -> dict[str, type[PreTrainedModel]]:
+    """Dense model type -> `<kind><Family>ForCausalLM`, for every family of `configs`; see `converted_class`.
+
+    Args:
+        doc: the classes' docstring; `{dense}` in it becomes the name of the dense class.
+    """
+    return {
+        dense_type: converted_class(kind, mixin, FAMILIES[dense_type], config, doc.format(dense=FAMILIES[dense_type].causal_lm.__name__))
+        for dense_type, config in configs.items()
+    }
 
 
 def converted_class(prefix: str, mixin: type, family: Family, config_class: type[PreTrainedConfig], doc: str) -> type[PreTrainedModel]:

@@ -1,26 +1,18 @@
 """The family table: the few questions a model family answers so that its MLPs can become nested experts.
 
-A new family is a new row here, one line each in `configuration_dynamoe` and `modeling_dynamoe`, and a pico model in the tests; nothing else
-asks for a model's name.
+A new family is a new row here and a pico model in `tests/conftest.py` (README, "Add a model family"): its converted classes are made from
+the row, and nothing else asks for a model's name.
 """
 
 from dataclasses import dataclass
 
+import transformers
 from torch import nn
-from transformers import (
-    Gemma3ForCausalLM,
-    GPTNeoXForCausalLM,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    OPTForCausalLM,
-    PhiForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Family", "decoder_layers", "dense_type_of", "family_of"]
+__all__ = ["FAMILIES", "PREFIXES", "Family", "decoder_layers", "dense_type_of", "family_of"]
+
+UNCHECKED = "nobody has checked yet that its heads are rotated as Llama's are"
 
 
 @dataclass(frozen=True)
@@ -35,11 +27,11 @@ class Family:
     down: str = "down_proj"
     activation: str = "act_fn"
     intermediate_size: str = "intermediate_size"  # the config's name for the number of neurons H
-    residual_norm: str = "post_attention_layernorm"  # the norm before the MLP; its input is the residual stream r
+    residual_norm: str | None = "post_attention_layernorm"  # the norm before the MLP, whose input is the residual stream r; None: no norm
     norm_first: str | None = None  # config field: where it is false, residual_norm follows the sum, and r is the MLP's own input
-    output_norm: str | None = None  # norm between the MLP's output and the sum; the cosine label compares outputs before it
+    output_norm: str | None = None  # norm between the MLP's output and the sum; labels beside r compare outputs after it, others before it
     attention: str = "self_attn"  # the attention within a layer
-    whole_heads: str | None = None  # why dimensions of attention heads cannot be pruned (ToMoE); None: they can
+    whole_heads: str | None = UNCHECKED  # why dimensions of attention heads cannot be pruned (ToMoE); None: they can, as in Llama
     parallel: bool | str = False  # attention and MLP both start from the layer's input, which then is r; a string: the config field
 
     @property
@@ -60,7 +52,8 @@ class Family:
 
         In parallel layers the attention's output is added to the same sum. Its input is [B, T, D] or, within OPT's MLP, [B * T, D].
         """
-        if self.norm_first is None or getattr(config, self.norm_first):
+        norm_before = self.norm_first is None or getattr(config, self.norm_first)
+        if self.residual_norm is not None and norm_before:
             return getattr(layer, self.residual_norm)
         return getattr(layer, self.mlp or self.up)  # the module that is handed the MLP's input
 
@@ -70,21 +63,27 @@ class Family:
 
 
 NORMED_HEADS = "it normalises queries and keys over the head's dimensions before rotating them, so a sliced head is another function"
-PREFIXES = ("dynamoe_", "tomoe_masked_", "tomoe_")  # of converted model types
+PREFIXES: set[str] = set()  # of converted model types; `converted_configs` enters them
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(LlamaForCausalLM),
-    "mistral": Family(MistralForCausalLM),
-    "qwen2": Family(Qwen2ForCausalLM),
-    "qwen3": Family(Qwen3ForCausalLM, whole_heads=NORMED_HEADS),
+    "llama": Family(transformers.LlamaForCausalLM, whole_heads=None),
+    "mistral": Family(transformers.MistralForCausalLM, whole_heads=None),
+    "qwen2": Family(transformers.Qwen2ForCausalLM, whole_heads=None),
+    "qwen3": Family(transformers.Qwen3ForCausalLM, whole_heads=NORMED_HEADS),
     "gemma3_text": Family(
-        Gemma3ForCausalLM,
+        transformers.Gemma3ForCausalLM,
         residual_norm="pre_feedforward_layernorm",
         output_norm="post_feedforward_layernorm",
         whole_heads=NORMED_HEADS,
     ),
+    "olmo2": Family(
+        transformers.Olmo2ForCausalLM,
+        residual_norm=None,
+        output_norm="post_feedforward_layernorm",
+        whole_heads="it normalises queries and keys over all heads together before rotating them, so a sliced head is another function",
+    ),
     "gpt_neox": Family(
-        GPTNeoXForCausalLM,
+        transformers.GPTNeoXForCausalLM,
         layers="gpt_neox.layers",
         gate=None,
         up="dense_h_to_4h",
@@ -95,7 +94,7 @@ FAMILIES: dict[str, Family] = {
         parallel="use_parallel_residual",
     ),
     "phi": Family(
-        PhiForCausalLM,
+        transformers.PhiForCausalLM,
         gate=None,
         up="fc1",
         down="fc2",
@@ -105,7 +104,7 @@ FAMILIES: dict[str, Family] = {
         parallel=True,
     ),
     "opt": Family(
-        OPTForCausalLM,
+        transformers.OPTForCausalLM,
         layers="model.decoder.layers",
         mlp=None,
         gate=None,
@@ -122,7 +121,7 @@ FAMILIES: dict[str, Family] = {
 
 def dense_type_of(model_type: str) -> str:
     """The dense model type of a converted one: `dynamoe_llama` -> `llama`; a dense one stays."""
-    prefix = next((prefix for prefix in PREFIXES if model_type.startswith(prefix)), "")
+    prefix = max((prefix for prefix in PREFIXES if model_type.startswith(prefix)), key=len, default="")
     return model_type.removeprefix(prefix)
 
 

@@ -22,7 +22,7 @@ neurons are ordered by importance, expert *e* is a prefix of them, and a router 
 | | |
 |---|---|
 | experts, share of the MLP | {experts} |
-| similarity threshold theta of the labels | {theta} |
+| labels: similarity to the full output, and its threshold theta | `{label}`, {theta} |
 | importance that ordered the neurons | `{importance}` over {calibration_tokens} calibration tokens |
 | trained | {trained} |
 
@@ -51,6 +51,7 @@ def model_card(name: str, config: Any) -> str:
         base=moe.get("base") or "an unnamed dense model",
         extra="`router.*`" if moe.get("label_target", "current") == "current" else "`router.*` and `frozen.*`, which the labels come from",
         experts=", ".join(f"{fraction:.4g}" for fraction in moe["experts"]),
+        label=moe.get("label", "cosine"),
         theta=moe["theta"],
         importance=moe["importance"],
         calibration_tokens=moe.get("calibration_tokens", "?"),

@@ -12,31 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .causal_lm_loss import causal_lm_loss
 from .configuration_dynamoe import CONFIG_CLASSES, DynaMoEConfig
-from .converted_class import converted_class
-from .families import FAMILIES, decoder_layers
+from .converted_class import converted_classes
+from .families import decoder_layers, family_of
+from .labels import LABELS, labels_from_similarity
 from .layer_mlp import nest_experts
 from .model_card import model_card
-from .nested_mlp import FrozenLinear, NestedMLP, labels_from_similarity
+from .nested_mlp import FrozenLinear, NestedMLP
 from .routed import RoutedMixin, Routing, token_mask
 
-__all__ = [
-    "MODEL_CLASSES",
-    "DynaMoECausalLMOutput",
-    "DynaMoEGPTNeoXForCausalLM",
-    "DynaMoEGemma3ForCausalLM",
-    "DynaMoELlamaForCausalLM",
-    "DynaMoEMistralForCausalLM",
-    "DynaMoEMixin",
-    "DynaMoEOPTForCausalLM",
-    "DynaMoEPhiForCausalLM",
-    "DynaMoEQwen2ForCausalLM",
-    "DynaMoEQwen3ForCausalLM",
-]
+__all__ = ["MODEL_CLASSES", "DynaMoECausalLMOutput", "DynaMoEMixin"]
 
 
 @dataclass
@@ -44,7 +32,7 @@ class DynaMoECausalLMOutput(MoeCausalLMOutputWithPast):
     """The transformers MoE output; with `labels` given or `output_router_logits=True` also what each layer did.
 
     Per-layer tuples run over N = batch * sequence tokens: `router_logits` [N, E], `labels` [N] (difficulty labels, the smallest expert
-    within theta), `experts` [N] (whose output was used), `similarities` [N, E] (cosine of every expert to the full output).
+    within theta), `experts` [N] (whose output was used), `similarities` [N, E] (of every expert to the full output, as `label` says).
     `loss` = lambda_lm * `lm_loss` + lambda_router * `router_loss`, each a mean over the batch's own tokens, pads left out.
     """
 
@@ -59,6 +47,7 @@ class DynaMoEMixin(RoutedMixin):
     """What all families share; stands before the family's class in the bases."""
 
     method = "dynamoe"
+    calibrated = True
     routing_modes: ClassVar = {"router": None, "label": None, "full": None, "random": None}
     # The loss is a mean per batch, so Trainer has to divide by the accumulation steps itself; otherwise lambda would change with them.
     accepts_loss_kwargs = False
@@ -70,17 +59,25 @@ class DynaMoEMixin(RoutedMixin):
         self.moe = DynaMoEConfig.from_dict(config.moe)
         self.routing = Routing()
         self.loss_function = causal_lm_loss
-        family = FAMILIES[config.model_type.removeprefix("dynamoe_")]
+        family = family_of(config.model_type)
         for index, layer in enumerate(decoder_layers(self)):
             nest_experts(layer, family, self.moe, index, self.routing)
+        self._watch_residual()
         self.post_init()
 
     def nested_mlps(self) -> list[NestedMLP]:
         """The nested MLPs, one a layer, in order."""
-        family = FAMILIES[self.config.model_type.removeprefix("dynamoe_")]
+        family = family_of(self.config.model_type)
         return [family.nested(layer) for layer in decoder_layers(self)]
 
     routed_mlps = nested_mlps
+
+    def _watch_residual(self) -> None:
+        """Lead the residual stream to the labels, if they are defined beside it."""
+        family, needed = family_of(self.config.model_type), LABELS[self.moe.label].residual
+        for layer, mlp in zip(decoder_layers(self), self.nested_mlps(), strict=True):
+            source = family.residual_source(layer, self.config) if needed else None
+            mlp.watch_residual(source, None if family.output_norm is None else getattr(layer, family.output_norm))
 
     def lay_out(self, *, columns: bool = True) -> None:
         """Order the memory of the MLPs so that every expert is one piece, or as in files; see `NestedMLP.lay_out`."""
@@ -109,11 +106,13 @@ class DynaMoEMixin(RoutedMixin):
         self.config.moe = {**self.config.moe, "theta": float(theta)}
 
     def reconfigure(self, config: DynaMoEConfig) -> None:
-        """Take over the settings that shape no weight: theta, the loss weights, how training routes and how the LM loss reaches routers.
+        """Take over the settings that shape no weight: label and theta, loss weights, how training routes, how the LM loss reaches routers.
 
         Raises ValueError if `config` differs in one that does (expert sizes, importance, router, label target): that needs a conversion.
         """
-        free = ("theta", "lambda_lm", "lambda_router", "train_route", "router_gradient")
+        free = ("label", "theta", "lambda_lm", "lambda_router", "train_route", "router_gradient")
+        if not isinstance(config, DynaMoEConfig):
+            raise ValueError(f"reconfigure: a {type(config).__name__} is another method's; convert the dense model again")
         if other := [
             item.name for item in fields(config) if item.name not in free and getattr(config, item.name) != getattr(self.moe, item.name)
         ]:
@@ -122,7 +121,9 @@ class DynaMoEMixin(RoutedMixin):
             )
         for name in free:
             setattr(self.moe, name, getattr(config, name))  # in place: every layer holds this object
-        self.config.moe = {**self.config.moe, **self.moe.to_dict()}
+        origin = {name: value for name, value in self.config.moe.items() if name not in {item.name for item in fields(config)}}
+        self.config.moe = {**origin, **self.moe.to_dict()}
+        self._watch_residual()
 
     def labels_at(self, similarities: Iterable[Tensor], theta: float) -> tuple[Tensor, ...]:
         """Labels of every layer at another theta from the similarities of one forward: L x [N, E] -> L x [N]."""
@@ -187,28 +188,6 @@ class DynaMoEMixin(RoutedMixin):
         return model_card(type(self).__name__, self.config)
 
 
-def _moe_model(model_type: str) -> type[PreTrainedModel]:
-    family = FAMILIES[model_type]
-    doc = f"`{family.causal_lm.__name__}` whose MLPs are nested experts with a router."
-    return converted_class("DynaMoE", DynaMoEMixin, family, CONFIG_CLASSES[model_type], doc)
-
-
-DynaMoELlamaForCausalLM = _moe_model("llama")
-DynaMoEMistralForCausalLM = _moe_model("mistral")
-DynaMoEQwen2ForCausalLM = _moe_model("qwen2")
-DynaMoEQwen3ForCausalLM = _moe_model("qwen3")
-DynaMoEGemma3ForCausalLM = _moe_model("gemma3_text")
-DynaMoEGPTNeoXForCausalLM = _moe_model("gpt_neox")
-DynaMoEPhiForCausalLM = _moe_model("phi")
-DynaMoEOPTForCausalLM = _moe_model("opt")
-
-MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "llama": DynaMoELlamaForCausalLM,
-    "mistral": DynaMoEMistralForCausalLM,
-    "qwen2": DynaMoEQwen2ForCausalLM,
-    "qwen3": DynaMoEQwen3ForCausalLM,
-    "gemma3_text": DynaMoEGemma3ForCausalLM,
-    "gpt_neox": DynaMoEGPTNeoXForCausalLM,
-    "phi": DynaMoEPhiForCausalLM,
-    "opt": DynaMoEOPTForCausalLM,
-}
+MODEL_CLASSES = converted_classes(DynaMoEMixin, "DynaMoE", CONFIG_CLASSES, "`{dense}` whose MLPs are nested experts with a router.")
+globals().update({cls.__name__: cls for cls in MODEL_CLASSES.values()})  # where transformers looks for them: DynaMoELlamaForCausalLM, ...
+__all__ += [cls.__name__ for cls in MODEL_CLASSES.values()]

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from .causal_lm_loss import causal_lm_loss
 from .configuration_tomoe import MASKED_CONFIGS, ToMoEConfig
-from .converted_class import converted_class
-from .families import FAMILIES, decoder_layers
+from .converted_class import converted_classes
+from .families import decoder_layers
 from .hypernetwork import Hypernetwork
 from .masked_attention import AttentionTrace, MaskedAttention
 from .masked_mlp import MaskedMLP, MLPTrace
@@ -31,17 +30,7 @@ from .tomoe_form import ToMoEForm, labels_without_pads
 from .tomoe_losses import LayerSizes, distillation_losses, next_token_loss, structure_losses
 from .tomoe_output import LayerMasks, ToMoECausalLMOutput
 
-__all__ = [
-    "MASKED_CLASSES",
-    "ToMoEMaskedGPTNeoXForCausalLM",
-    "ToMoEMaskedGemma3ForCausalLM",
-    "ToMoEMaskedLlamaForCausalLM",
-    "ToMoEMaskedMistralForCausalLM",
-    "ToMoEMaskedPhiForCausalLM",
-    "ToMoEMaskedQwen2ForCausalLM",
-    "ToMoEMaskedQwen3ForCausalLM",
-    "ToMoEMixin",
-]
+__all__ = ["MASKED_CLASSES", "ToMoEMixin"]
 
 
 class ToMoEMixin(ToMoEForm):
@@ -275,26 +264,8 @@ class ToMoEMixin(ToMoEForm):
         return masked_card(type(self).__name__, self.config)
 
 
-def _masked(model_type: str) -> type[PreTrainedModel]:
-    family = FAMILIES[model_type]
-    doc = f"`{family.causal_lm.__name__}`, frozen, with masks that learn what each token needs (ToMoE's trainable form)."
-    return converted_class("ToMoEMasked", ToMoEMixin, family, MASKED_CONFIGS[model_type], doc)
-
-
-ToMoEMaskedLlamaForCausalLM = _masked("llama")
-ToMoEMaskedMistralForCausalLM = _masked("mistral")
-ToMoEMaskedQwen2ForCausalLM = _masked("qwen2")
-ToMoEMaskedQwen3ForCausalLM = _masked("qwen3")
-ToMoEMaskedGemma3ForCausalLM = _masked("gemma3_text")
-ToMoEMaskedGPTNeoXForCausalLM = _masked("gpt_neox")
-ToMoEMaskedPhiForCausalLM = _masked("phi")
-
-MASKED_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "llama": ToMoEMaskedLlamaForCausalLM,
-    "mistral": ToMoEMaskedMistralForCausalLM,
-    "qwen2": ToMoEMaskedQwen2ForCausalLM,
-    "qwen3": ToMoEMaskedQwen3ForCausalLM,
-    "gemma3_text": ToMoEMaskedGemma3ForCausalLM,
-    "gpt_neox": ToMoEMaskedGPTNeoXForCausalLM,
-    "phi": ToMoEMaskedPhiForCausalLM,
-}
+MASKED_CLASSES = converted_classes(
+    ToMoEMixin, "ToMoEMasked", MASKED_CONFIGS, "`{dense}`, frozen, with masks that learn what each token needs (ToMoE's trainable form)."
+)
+globals().update({cls.__name__: cls for cls in MASKED_CLASSES.values()})  # where transformers looks for them
+__all__ += [cls.__name__ for cls in MASKED_CLASSES.values()]

@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .causal_lm_loss import causal_lm_loss
 from .configuration_tomoe import DEPLOYED_CONFIGS, ToMoEConfig
-from .converted_class import converted_class
+from .converted_class import converted_classes
 from .expert_mlp import ExpertMLP
-from .families import FAMILIES, decoder_layers
+from .families import decoder_layers
 from .pruned_attention import PrunedAttention
 from .rotary_attention import attention_weights
 from .routed import Routing
@@ -24,17 +23,7 @@ from .tomoe_card import deployed_card
 from .tomoe_form import ToMoEForm, labels_without_pads
 from .tomoe_output import ToMoECausalLMOutput
 
-__all__ = [
-    "DEPLOYED_CLASSES",
-    "ToMoEDeployedMixin",
-    "ToMoEGPTNeoXForCausalLM",
-    "ToMoEGemma3ForCausalLM",
-    "ToMoELlamaForCausalLM",
-    "ToMoEMistralForCausalLM",
-    "ToMoEPhiForCausalLM",
-    "ToMoEQwen2ForCausalLM",
-    "ToMoEQwen3ForCausalLM",
-]
+__all__ = ["DEPLOYED_CLASSES", "ToMoEDeployedMixin"]
 
 
 class ToMoEDeployedMixin(ToMoEForm):
@@ -132,26 +121,8 @@ class ToMoEDeployedMixin(ToMoEForm):
         return deployed_card(type(self).__name__, self.config)
 
 
-def _deployed(model_type: str) -> type[PreTrainedModel]:
-    family = FAMILIES[model_type]
-    doc = f"`{family.causal_lm.__name__}` whose MLPs are experts with their own neurons (ToMoE's deployed form)."
-    return converted_class("ToMoE", ToMoEDeployedMixin, family, DEPLOYED_CONFIGS[model_type], doc)
-
-
-ToMoELlamaForCausalLM = _deployed("llama")
-ToMoEMistralForCausalLM = _deployed("mistral")
-ToMoEQwen2ForCausalLM = _deployed("qwen2")
-ToMoEQwen3ForCausalLM = _deployed("qwen3")
-ToMoEGemma3ForCausalLM = _deployed("gemma3_text")
-ToMoEGPTNeoXForCausalLM = _deployed("gpt_neox")
-ToMoEPhiForCausalLM = _deployed("phi")
-
-DEPLOYED_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "llama": ToMoELlamaForCausalLM,
-    "mistral": ToMoEMistralForCausalLM,
-    "qwen2": ToMoEQwen2ForCausalLM,
-    "qwen3": ToMoEQwen3ForCausalLM,
-    "gemma3_text": ToMoEGemma3ForCausalLM,
-    "gpt_neox": ToMoEGPTNeoXForCausalLM,
-    "phi": ToMoEPhiForCausalLM,
-}
+DEPLOYED_CLASSES = converted_classes(
+    ToMoEDeployedMixin, "ToMoE", DEPLOYED_CONFIGS, "`{dense}` whose MLPs are experts with their own neurons (ToMoE's deployed form)."
+)
+globals().update({cls.__name__: cls for cls in DEPLOYED_CLASSES.values()})  # where transformers looks for them
+__all__ += [cls.__name__ for cls in DEPLOYED_CLASSES.values()]

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from .configuration_dynamoe import DynaMoEConfig
 from .families import Family
+from .labels import labels_from_similarity, nested_similarity
 from .routed import Routing
 
-__all__ = ["FrozenLinear", "NestedMLP", "Router", "RoutingTrace", "labels_from_similarity", "nested_similarity"]
+__all__ = ["FrozenLinear", "NestedMLP", "Router", "RoutingTrace"]
 
 
 @dataclass
@@ -29,7 +31,7 @@ class RoutingTrace:
     router_logits: Tensor  # [N, E], with gradient in training
     experts: Tensor  # [N] int64: the expert whose output was used
     labels: Tensor  # [N] int64: the smallest expert within theta of the full output
-    similarities: Tensor  # [N, E] float32: cosine of every expert's output to the full output; the last is 1
+    similarities: Tensor  # [N, E] float32: of every expert's output to the full output, as the config's `label` says; the last is 1
 
 
 class Router(nn.Module):
@@ -64,34 +66,6 @@ class FrozenLinear(nn.Module):
         for name, buffer in self.named_buffers():
             if not (missing_only and getattr(buffer, "_is_hf_initialized", False)):
                 buffer.copy_(getattr(self._linear[0], name))
-
-
-def nested_similarity(products: list[Tensor], bias: Tensor | None = None) -> Tensor:
-    """Cosine between the output of every nested expert and the full output (arXiv 2502.12325, difficulty label), in float32.
-
-    Args:
-        products: E block products, each [N, D]; expert e's output is the sum of the first e + 1.
-        bias: output bias [D], which belongs to every expert.
-
-    Returns:
-        [N, E]; the last column is exactly 1. An all-zero output has cosine 0 to anything.
-    """
-    running = [products[0].float() if bias is None else products[0].float() + bias.float()]
-    for product in products[1:]:
-        running.append(running[-1] + product.float())
-    full = running[-1]
-    full_norm = full.norm(dim=-1)
-    columns = [
-        (output * full).sum(-1) / (output.norm(dim=-1) * full_norm).clamp_min(torch.finfo(torch.float32).tiny) for output in running[:-1]
-    ]
-    return torch.stack([*columns, torch.ones_like(full_norm)], dim=-1)
-
-
-def labels_from_similarity(similarities: Tensor, theta: float) -> Tensor:
-    """The smallest expert with similarity >= theta; the last always qualifies. [..., E] -> [...] int64."""
-    qualifies = similarities >= theta
-    qualifies[..., -1] = True
-    return qualifies.int().argmax(dim=-1)
 
 
 def _rows_of(linear: nn.Module, x: Tensor, lo: int, hi: int) -> Tensor:
@@ -150,6 +124,9 @@ class NestedMLP(nn.Module):
         if config.label_target == "frozen":
             self.frozen = nn.ModuleDict({name: FrozenLinear(linear) for name, linear in self.projections().items()})
         self.trace: RoutingTrace | None = None
+        self._residual: Tensor | None = None  # [N, D], between the module whose input it is and the labels
+        self._watch: RemovableHandle | None = None
+        self._output_norm: tuple[nn.Module | None] = (None,)  # in a tuple, so that it is no child of this module
 
     def _adopt(self, dense: nn.Module) -> None:
         """Take the projections over from the dense MLP, under their names."""
@@ -166,6 +143,17 @@ class NestedMLP(nn.Module):
         if weight.stride(0 if columns else 1) != 1:
             with torch.inference_mode(False):  # inference tensors could not be trained later
                 weight.data = weight.data.t().contiguous().t() if columns else weight.data.contiguous()
+
+    def watch_residual(self, source: nn.Module | None, output_norm: nn.Module | None = None) -> None:
+        """Give labels the residual stream r, the input of `source`, and the norm that is between this MLP and the sum; None: no longer."""
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch = None if source is None else source.register_forward_pre_hook(self._see_residual)
+        self._output_norm = (output_norm,)
+
+    def _see_residual(self, source: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.routing.collect or self._decider()[0] == "label":  # a bound method: a copy of the model has hooks of its own
+            self._residual = args[0].detach().reshape(-1, args[0].shape[-1])
 
     # --- the dense pieces -------------------------------------------------------------------------------------------------------
 
@@ -277,12 +265,14 @@ class NestedMLP(nn.Module):
         return output
 
     def _similarities(self, x: Tensor, products: list[Tensor]) -> Tensor:
-        """Cosine of every expert's output to the full one, [N, E], from the weights that the labels are defined by."""
-        if self.frozen is None:
-            return nested_similarity(products, self.down.bias)
-        down = self.frozen[self._family.down]
-        hidden = self._hidden(x, 0, self.sizes[-1], frozen=True)
-        return nested_similarity(self._block_products(hidden, down.weight.to(hidden.dtype)), down.bias)
+        """Similarity of every expert's output to the full one, [N, E], from the weights that the labels are defined by."""
+        down = self.down
+        if self.frozen is not None:
+            down = self.frozen[self._family.down]
+            hidden = self._hidden(x, 0, self.sizes[-1], frozen=True)
+            products = self._block_products(hidden, down.weight.to(hidden.dtype))
+        residual, self._residual = self._residual, None
+        return nested_similarity(products, down.bias, label=self.moe.label, residual=residual, output_norm=self._output_norm[0])
 
     def _block_weights(self, logits: Tensor, experts: Tensor, *, trained: bool) -> Tensor:
         """w_b = sum_{e >= b} of the choice, [N, E]: 1 up to the chosen expert, 0 above, exactly; only the gradient differs."""

@@ -1,7 +1,8 @@
 """What all converted models share, whatever their method: who decides a token's expert, how that is told, and what a saved model says.
 
 A method's model class stands before the family's in the bases, derives from `RoutedMixin`, and answers `routed_mlps()`: one module a layer
-with a `router` ([N, D] -> [N, E]), `expert_params()`, `full_params()` and `dense_params()`. Evaluation asks for nothing else.
+with a `router` ([N, D] -> [N, E]), `sizes` (neurons of each expert), `projections()` (its linear maps, the down projection last),
+`expert_params()`, `full_params()` and `dense_params()`. Evaluation asks for nothing else.
 """
 
 from collections.abc import Mapping
@@ -35,12 +36,17 @@ class RoutedMixin:
 
     method: ClassVar[str]  # "dynamoe", "tomoe": the name in `config.moe`
     routing_modes: ClassVar[dict[str, str | None]]  # mode -> None, or why this method has it not
+    calibrated: ClassVar[bool] = False  # whether conversion reads statistics of text
 
     routing: Routing
 
     def routed_mlps(self) -> list[nn.Module]:
         """The MLPs with experts, one a layer, in order."""
         raise NotImplementedError
+
+    def reconfigure(self, config: Any) -> None:
+        """Take over the settings that shape no weight. Raises ValueError if `config` needs a conversion; here it always does."""
+        raise ValueError(f"reconfigure: settings of {type(self).__name__} shape its weights; convert the dense model again")
 
     def set_routing(self, mode: str | int = "router", *, shares: Any = None, seed: int = 0) -> None:
         """Choose who decides a token's expert, in every layer, from the next forward on.

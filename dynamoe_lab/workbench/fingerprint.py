@@ -30,7 +30,8 @@ def fingerprint(value: Any) -> str:
     """32 hexadecimal digits (xxh3_128) that stand for a value.
 
     Lists and tuples are alike, dicts know no order, a path stands for the content of its file or folder, a device counts for nothing, a
-    dtype does. Raises TypeError naming the type of anything that has no fingerprint.
+    dtype does. A field of a dataclass with the metadata "later" counts where it has not its default. Raises TypeError naming the type of
+    anything that has no fingerprint.
     """
     digest = xxhash.xxh3_128()
     _feed(digest, value)
@@ -65,7 +66,7 @@ def _feed(digest: Any, value: Any) -> None:
         _mark(digest, "name", _qualified(value).encode())
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         _mark(digest, f"dataclass {_qualified(type(value))}")
-        _feed(digest, {item.name: getattr(value, item.name) for item in dataclasses.fields(value)})
+        _feed(digest, {item.name: getattr(value, item.name) for item in dataclasses.fields(value) if not _absent(value, item)})
     elif isinstance(value, Mapping):
         _mark(digest, f"dict {len(value)}")
         for key, item in sorted(((fingerprint(key), item) for key, item in value.items()), key=lambda pair: pair[0]):
@@ -82,6 +83,11 @@ def _feed(digest: Any, value: Any) -> None:
             f"{_qualified(type(value))} has no fingerprint: pass numbers, texts, paths, dataclasses, frames, arrays, tensors, models or "
             "tokenizers, or give the class a method fingerprint() -> str"
         )
+
+
+def _absent(value: Any, item: dataclasses.Field) -> bool:
+    """Whether a field came later (`metadata={"later": True}`) and has its default: what was kept before there was one is still good."""
+    return bool(item.metadata.get("later")) and getattr(value, item.name) == item.default
 
 
 def _qualified(item: Any) -> str:
