@@ -31,7 +31,8 @@ __all__ = [
     "unread_section",
 ]
 
-METHODS = {"dynamoe": ("dynamoe", "train"), "tomoe": ("tomoe", "tomoe_train")}  # method -> its sections of an experiment
+# Method -> its two sections of an `Experiment`: its own settings and those of its training. See docs/extending.md, "A method".
+METHODS = {"dynamoe": ("dynamoe", "train"), "tomoe": ("tomoe", "tomoe_train")}
 
 
 def _at_least(section: str, values: Any, **minimum: float) -> None:
@@ -162,7 +163,7 @@ class Experiment:
     device: str = "cpu"
     threads: int | None = None  # torch threads; null: what torch chooses
     seed: int = 0  # of the order of documents and of the global generators; a method's and its training's are their own
-    method: Literal["dynamoe", "tomoe"] = "dynamoe"  # which of the methods below a sweep's cell, `convert` and `train` apply
+    method: Literal[tuple(METHODS)] = "dynamoe"  # which of the methods below a sweep's cell, `convert` and `train` apply
     data: DataConfig = field(default_factory=DataConfig)
     dynamoe: DynaMoEConfig = field(default_factory=DynaMoEConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -174,7 +175,7 @@ class Experiment:
         _at_least("experiment", self, threads=1)
 
     @property
-    def method_config(self) -> DynaMoEConfig | ToMoEConfig:
+    def method_config(self) -> Any:
         """The settings of the experiment's method."""
         return getattr(self, METHODS[self.method][0])
 

@@ -1,4 +1,7 @@
-"""`convert`: one door for all methods; the config says which."""
+"""`convert`: one door for all methods; the config says which, see `CONVERTERS`."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
@@ -10,12 +13,15 @@ from dynamoe_lab.data import Blocks
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import DynaMoEConfig, ToMoEConfig
 
-__all__ = ["convert"]
+__all__ = ["CONVERTERS", "convert"]
+
+# A method's config -> its conversion: (dense, config, *, calibration=None, statistics=None) -> model
+CONVERTERS: dict[type, Callable[..., PreTrainedModel]] = {DynaMoEConfig: convert_dynamoe, ToMoEConfig: convert_tomoe}
 
 
 def convert(
     dense: PreTrainedModel,
-    config: DynaMoEConfig | ToMoEConfig | None = None,
+    config: Any = None,
     *,
     calibration: Blocks | Tensor | None = None,
     statistics: pd.DataFrame | None = None,
@@ -46,8 +52,8 @@ def convert(
         True
     """
     config = DynaMoEConfig() if config is None else config
-    if isinstance(config, ToMoEConfig):
-        return convert_tomoe(dense, config)
-    if isinstance(config, DynaMoEConfig):
-        return convert_dynamoe(dense, config, calibration=calibration, statistics=statistics)
-    raise InputError(f"convert: {type(config).__name__} is not a method's config; give a DynaMoEConfig or a ToMoEConfig")
+    for kind, converter in CONVERTERS.items():
+        if isinstance(config, kind):
+            return converter(dense, config, calibration=calibration, statistics=statistics)
+    known = " or a ".join(kind.__name__ for kind in CONVERTERS)
+    raise InputError(f"convert: {type(config).__name__} is not a method's config; give a {known}")

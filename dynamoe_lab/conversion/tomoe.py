@@ -3,6 +3,8 @@
 Nothing is measured on text and no weight moves, so the converted model is the dense one until it is trained: its masks start open.
 """
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from dynamoe_lab.conversion.common import check_dense, with_weights_of
@@ -12,8 +14,8 @@ from dynamoe_lab.models import MASKED_CLASSES, MASKED_CONFIGS, ToMoEConfig, deco
 __all__ = ["convert_tomoe"]
 
 
-def convert_tomoe(dense: PreTrainedModel, config: ToMoEConfig) -> PreTrainedModel:
-    """`convert` for a `ToMoEConfig`; what is new is drawn from `config.seed`."""
+def convert_tomoe(dense: PreTrainedModel, config: ToMoEConfig, **_: Any) -> PreTrainedModel:
+    """`convert` for a `ToMoEConfig`; what is new is drawn from `config.seed`, no text is read."""
     family = check_dense(dense, why_whole="gradients go through its weights")
     model_type = dense.config.model_type
     if model_type not in MASKED_CLASSES:

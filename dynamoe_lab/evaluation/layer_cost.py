@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from dynamoe_lab.models import MaskedAttention, MaskedMLP, NestedMLP
-from dynamoe_lab.models.expert_mlp import ExpertMLP
 
 __all__ = ["Cost", "attention_cost", "expert_neurons", "linear_maps", "mask_parts", "routed_mlp_cost", "token_mask_params", "weights"]
 
@@ -50,7 +49,7 @@ def linear_maps(modules: Iterable[nn.Module], sharing: int) -> Cost:
 
 def expert_neurons(mlp: nn.Module) -> list[int]:
     """How many neurons each expert of a layer has."""
-    if isinstance(mlp, NestedMLP):
+    if hasattr(mlp, "sizes"):
         return list(mlp.sizes)
     return (mlp.open_neurons() if isinstance(mlp, MaskedMLP) else mlp.membership).sum(dim=1).tolist()
 
@@ -89,9 +88,9 @@ def _masked_mlp(mlp: MaskedMLP, shares: list[float] | None, sharing: int) -> Cos
     return dataclasses.replace(linear_maps(mlp.projections().values(), sharing), active_params=_mean_params(mlp, shares))
 
 
-def _separate_mlp(mlp: ExpertMLP, shares: list[float] | None, sharing: int) -> Cost:
+def _separate_mlp(mlp: nn.Module, shares: list[float] | None, sharing: int) -> Cost:
     """Every expert runs on weights of its own, which are read if any token takes it; "full" runs all neurons that are left."""
-    *inputs, down = (linear for linear in (mlp.gate, mlp.up, mlp.down) if linear is not None)
+    *inputs, down = mlp.projections().values()
     whole = linear_maps([*inputs, down], sharing)
     if shares is None:
         return whole

@@ -29,7 +29,7 @@ def evaluating(model: PreTrainedModel, name: str, mode: str | int | None = None,
     """
     if not isinstance(model, RoutedMixin):
         raise InputError(f"{name}: {type(model).__name__} has no routers; convert it first with lab.convert")
-    if labels and (reason := model.routing_modes["label"]) is not None:
+    if labels and (reason := model.routing_modes.get("label", f"{model.method} has no difficulty labels")) is not None:
         raise InputError(f"{name}: {reason}")
     was_training, kept = model.training, dataclasses.replace(model.routing)
     draws = [generator.get_state() for generator in kept.generators or ()]

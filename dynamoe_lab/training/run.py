@@ -28,6 +28,7 @@ from dynamoe_lab.training.trainer import MethodTrainer, complete_checkpoint, ste
 
 __all__ = ["TRAINERS", "train"]
 
+# A method's class of models -> who trains them. See docs/extending.md, "A method".
 TRAINERS: dict[type[RoutedMixin], type[MethodTrainer]] = {DynaMoEMixin: DynaMoETrainer, ToMoEMixin: ToMoETrainer}
 
 

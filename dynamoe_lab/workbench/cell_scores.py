@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["pareto_case", "score_cells"]
 
-METHODS = ("router", "label", "random", "static", "tomoe")  # what of a cell can be scored
+KINDS = ("router", "label", "random", "static")  # what of a DynaMoE cell can be scored; of another method's, the method
 
 
 def pareto_case(cell: Cell, mode: str | int) -> dict[str, Any]:
     """Which setting of the table `pareto` a mode of a cell is: method, theta, seed, train_tokens.
 
     Methods: "static" of one width for all tokens, "tomoe p = 0.7" of ToMoE's routers ("tomoe random p = 0.7" and the like of other modes),
-    else the mode. theta is nan where no labels were used: of a fixed width, and of a static cut that was not made beside a router (of a
-    sweep's cell whose settings name no θ).
+    of a third method its name ("split", "split random"), else the mode. theta is nan where no labels were used: of a fixed width, and of a
+    static cut that was not made beside a router (of a sweep's cell whose settings name no θ).
 
     Example:
         >>> kept = {"steps": None, "traces": {}, "losses": {}, "reference": None, "active": {}, "checkpoint": None}
@@ -32,8 +32,9 @@ def pareto_case(cell: Cell, mode: str | int) -> dict[str, Any]:
         {'method': 'router', 'theta': 0.9, 'seed': 0, 'train_tokens': 40960}
     """
     experiment = cell.experiment
-    if experiment.method == "tomoe":
-        method, theta = f"tomoe{'' if mode == 'router' else f' {mode}'} p = {experiment.tomoe.p:g}", float("nan")
+    if experiment.method != "dynamoe":
+        method, theta = f"{experiment.method}{'' if mode == 'router' else f' {mode}'}", float("nan")
+        method += f" p = {experiment.tomoe.p:g}" if experiment.method == "tomoe" else ""
     else:
         static = isinstance(mode, int) or isinstance(experiment.dynamoe.train_route, int)
         beside = not isinstance(mode, int) and not (static and cell.settings and "dynamoe.theta" not in cell.settings)
@@ -55,7 +56,7 @@ def score_cells(
         cells: of one dense model.
         step: calls a function through the step cache, as `Run.step` does.
         methods: what is scored: "router", "label" and "random" (drawn with the router's shares on the held-out text) of cells with routers;
-            "static" of cells that were trained at one width; "tomoe" of ToMoE's (its routers, deployed).
+            "static" of cells that were trained at one width; "tomoe" of ToMoE's (its routers, deployed); so of any other method.
         tasks, limit: names or task files, and the first so many documents of each, as in `evaluate_task`; no tasks: the seven of the paper.
 
     Returns:
@@ -79,10 +80,12 @@ def score_cells(
     """
     import pandas as pd
 
+    from dynamoe_lab.config import METHODS
     from dynamoe_lab.evaluation import TASKS, evaluate_task
 
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise InputError(f"score_cells: method {unknown[0]!r}: give {', '.join(METHODS)}")
+    known = (*KINDS, *(name for name in METHODS if name != "dynamoe"))
+    if unknown := [name for name in methods if name not in known]:
+        raise InputError(f"score_cells: method {unknown[0]!r}: give {', '.join(known)}")
     models = {(cell.experiment.model, cell.experiment.dtype, cell.experiment.device): cell.experiment for cell in cells}
     if len(models) != 1:
         raise InputError(f"score_cells: cells of {len(models)} dense models: {', '.join(map(str, models))}; give those of one")
@@ -101,7 +104,7 @@ def score_cells(
         for method in (name for name in methods if name in _kinds(cell)):
             model = own_model(cell, step, inputs)
             _route(model, cell, method)
-            case = pareto_case(cell, "router" if method in ("static", "tomoe") else method)
+            case = pareto_case(cell, "router" if method in ("static", cell.experiment.method) else method)
             score(model, {"tomoe": "ToMoE"}.get(method, method), **case)  # names of notebook 08
     scores, documents = (pd.concat(frames, ignore_index=True) for frames in found)
     return scores, documents
@@ -109,18 +112,18 @@ def score_cells(
 
 def _kinds(cell: Cell) -> tuple[str, ...]:
     """The methods that a cell's model can be scored as."""
-    if cell.experiment.method == "tomoe":
-        return ("tomoe",)
+    if cell.experiment.method != "dynamoe":
+        return (cell.experiment.method,)
     return ("static",) if isinstance(cell.experiment.dynamoe.train_route, int) else ("router", "label", "random")
 
 
 def _route(model: "PreTrainedModel", cell: Cell, method: str) -> None:
-    """Route a cell's own model as a method of `METHODS` does."""
+    """Route a cell's own model as a kind of `_kinds` does."""
     from dynamoe_lab.analysis import expert_usage
 
     moe = cell.experiment.dynamoe
     if method != "random":
-        model.set_routing({"static": moe.train_route, "tomoe": "router"}.get(method, method))
+        model.set_routing({"static": moe.train_route, cell.experiment.method: "router"}.get(method, method))
     elif "router" not in cell.traces:
         raise InputError("score_cells: 'random' draws with the router's shares, and a cell has no trace of it; measure mode 'router', too")
     else:

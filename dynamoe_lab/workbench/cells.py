@@ -110,9 +110,9 @@ class Inputs:
 
 def check_modes(modes: Sequence[Mode], experts: int, where: str, method: str = "dynamoe") -> None:
     """Raise `InputError` unless every mode is one that the method has, or an expert's index below `experts`."""
-    from dynamoe_lab.models import DynaMoEMixin, ToMoEMixin
+    from dynamoe_lab.models import METHOD_MIXINS
 
-    known = {"dynamoe": DynaMoEMixin, "tomoe": ToMoEMixin}[method].routing_modes
+    known = METHOD_MIXINS[method].routing_modes
     if not modes:
         raise InputError(f"{where}: no modes; give e.g. [router]")
     names = ", ".join(name for name, reason in known.items() if reason is None)
@@ -219,17 +219,25 @@ def run_cell(
 def _converted(experiment: "Experiment", step: Callable[..., Any], inputs: Inputs) -> "PreTrainedModel":
     """The model as it is before training; calibrated first where the method's conversion needs it."""
     from dynamoe_lab.conversion import calibrate
+    from dynamoe_lab.models import METHOD_MIXINS
 
-    if experiment.method == "tomoe":
+    if not METHOD_MIXINS[experiment.method].calibrated:
         return inputs.converted(experiment, None)
     dense, _ = inputs.model(experiment)
     return inputs.converted(experiment, step(calibrate, dense, inputs.blocks(experiment, "calibration")))
 
 
 def _measurable(experiment: "Experiment", model: "PreTrainedModel") -> "tuple[PreTrainedModel, dict[str, Any]]":
-    """The form of a model that is measured, and what a cell keeps of it."""
+    """The form of a model that is measured, and what a cell keeps of it; of a method that needs nothing of its own, the model itself."""
+    from dynamoe_lab.evaluation import expert_fractions
+
     if experiment.method == "dynamoe":
         return model, {"fractions": experiment.dynamoe.experts}
+    return _deployed(model) if experiment.method == "tomoe" else (model, {"fractions": expert_fractions(model)})
+
+
+def _deployed(model: "PreTrainedModel") -> "tuple[PreTrainedModel, dict[str, Any]]":
+    """Of a masked ToMoE model the form that it is used in, and what its masks leave."""
     from dynamoe_lab.conversion import export
     from dynamoe_lab.evaluation import expert_fractions, expert_masks
     from dynamoe_lab.models import family_of
@@ -330,8 +338,8 @@ def static_cut(cell: Cell) -> dict[str, Any] | None:
 
     Returns:
         Settings for `run.sweep(cells=[...], modes=["router"])`: theta and train.seed of the cell, experts [width, 1.0], every token sent to
-        the first, no router loss; other fields are those of the run. Of a ToMoE cell: method dynamoe, with its steps, batches and seed.
-        None if the dense model is as cheap.
+        the first, no router loss; other fields are those of the run. Of another method's cell: method dynamoe, with its steps, batches and
+        seed. None if the dense model is as cheap.
 
     Raises:
         InputError: the cell was measured without mode "router".
@@ -351,7 +359,7 @@ def static_cut(cell: Cell) -> dict[str, Any] | None:
         settings = {"dynamoe.theta": experiment.dynamoe.theta, "train.seed": experiment.train.seed}
     else:
         budget += float(active["other"]) - (cell.dense_params - total)
-        training = {name: getattr(experiment.tomoe_train, name) for name in ("steps", "batch_size", "accumulation", "seed")}
+        training = {name: getattr(experiment.train_config, name) for name in ("steps", "batch_size", "accumulation", "seed")}
         settings = {"method": "dynamoe", **{f"train.{name}": value for name, value in training.items()}}
     if budget >= total:
         return None

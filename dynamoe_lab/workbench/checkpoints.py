@@ -84,6 +84,7 @@ def convert_to_folder(
         InputError: `output` holds something, or what loading and converting refuse.
     """
     from dynamoe_lab.conversion import convert
+    from dynamoe_lab.models import METHOD_MIXINS
 
     _new_folder(output)
     experiment = _experiment(model, profile, given)
@@ -91,7 +92,7 @@ def convert_to_folder(
     environment.seed_generators(experiment.seed, experiment.threads)
     inputs = Inputs()
     dense, tokenizer = inputs.model(experiment)
-    text = {"calibration": inputs.blocks(experiment, "calibration")} if experiment.method == "dynamoe" else {}
+    text = {"calibration": inputs.blocks(experiment, "calibration")} if METHOD_MIXINS[experiment.method].calibrated else {}
     converted = convert(dense, experiment.method_config, **text)
     _save(converted, tokenizer, output, asdict(experiment))
     say(f"{_described(converted)}\nconverted: {output}")
@@ -155,7 +156,7 @@ def train_to_folder(
     """
     from dynamoe_lab.config import METHODS
     from dynamoe_lab.conversion import calibrate, convert
-    from dynamoe_lab.models import RoutedMixin
+    from dynamoe_lab.models import METHOD_MIXINS, RoutedMixin
     from dynamoe_lab.training import train
 
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "train.json").is_file())):
@@ -175,7 +176,7 @@ def train_to_folder(
     if not converted:
         say(f"{model} is dense: converting it")
         text = {}
-        if experiment.method == "dynamoe":
+        if METHOD_MIXINS[experiment.method].calibrated:
             text["statistics"] = run_step(calibrate, (network, inputs.blocks(experiment, "calibration")), home=home).value
         network = convert(network, experiment.method_config, **text)
     blocks = inputs.blocks(experiment, "train")
@@ -195,6 +196,8 @@ def _reached(last: Any) -> str:
     """How far training came, from the last row of the steps frame."""
     if "router_accuracy" in last:
         return f"LM loss {last['lm_loss']:.3f}, router accuracy {last['router_accuracy']:.1%}"
+    if "active_ratio_mean" not in last:
+        return f"LM loss {last['lm_loss']:.3f}"
     ratios = f"active ratio {last['active_ratio_mean']:.1%} (by the largest widths {last['active_ratio_max']:.1%})"
     reached = f"under training noise KL {last['kl_loss']:.3f} nats, {ratios}, union coverage {last['union_coverage']:.1%}"
     if last["open_ratio"] == last["open_ratio"]:  # measured: no nan

@@ -333,12 +333,15 @@ class Run:
         environment.seed_generators(self.experiment.seed, self.experiment.threads)
 
     def _environment(self, fingerprints: dict[str, str] | None = None) -> Environment:
+        from dynamoe_lab.config import METHODS
+
         experiment = self.experiment
         commit, dirty = environment.git_state(self._root)
         torch = sys.modules.get("torch")
-        data, method = asdict(experiment.data), asdict(experiment.dynamoe)
-        seeds = {"experiment": experiment.seed, "train": experiment.train.seed, **{k: v for k, v in method.items() if k.endswith("_seed")}}
-        seeds |= {"tomoe": experiment.tomoe.seed, "tomoe_train": experiment.tomoe_train.seed}
+        data, seeds = asdict(experiment.data), {"experiment": experiment.seed}
+        for section in (section for sections in METHODS.values() for section in sections):
+            values = {name: value for name, value in asdict(getattr(experiment, section)).items() if name.endswith("seed")}
+            seeds |= {section if name == "seed" else name: value for name, value in values.items()}
         return Environment(
             commit=commit,
             dirty=dirty,

@@ -95,17 +95,17 @@ def _measured(cell: Cell) -> list[dict[str, Any]]:
             found.append(("active_mlp_fraction", share["active_fraction"], share["low"], share["high"], share["documents"]))
         if mode == "router" and cell.experiment.method == "tomoe":
             found += _mask_metrics(cell, share, interval)
-        elif mode == "router" and trace is not None:
+        elif mode == "router" and trace is not None and "label" in trace:
             found += _router_metrics(cell, interval)
         rows += [base | dict(zip(("metric", "value", "low", "high", "n"), values, strict=True)) for values in found]
     return rows
 
 
 def _router_metrics(cell: Cell, interval: dict[str, Any]) -> list[tuple]:
-    """How often DynaMoE's routers gave the label, beside the commonest label: metric, value, low, high, n."""
+    """How often routers that learn labels gave them, beside the commonest label: metric, value, low, high, n."""
     from dynamoe_lab.analysis import router_chance
 
-    method = cell.experiment.dynamoe
+    method = cell.experiment.method_config
     chance = _pooled(router_chance(cell.traces["router"], theta=method.theta, experts=method.num_experts, **interval))
     accuracy = (chance[f"accuracy{end}"] for end in ("", "_low", "_high"))
     return [
