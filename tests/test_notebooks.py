@@ -15,7 +15,9 @@ import pytest
 from kill_randomly import kill
 
 ROOT = Path(__file__).parents[1]
-FIGURES = {
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+FIGURES = {  # what every notebook draws, whatever the profile
+    "00_explore": (),
     "01_convert": ("importance_curves", "expert_similarity"),
     "02_difficulty": ("label_share", "difficulty_vs_surprisal", "difficulty_by_domain"),
     "03_train_router": ("training_curves",),
@@ -75,13 +77,17 @@ def report(home, tmp_path_factory):
     return folder
 
 
+def test_every_notebook_says_what_it_draws():
+    assert sorted(FIGURES) == NOTEBOOKS, "a notebook needs an entry of FIGURES in tests/test_notebooks.py: the stems of its figures"
+
+
 @pytest.mark.assets
 def test_every_notebook_ends_well_with_every_figure(report):
     page = (report / "index.html").read_text(encoding="utf-8")
-    for name in ("00_explore", *FIGURES):
+    for name in NOTEBOOKS:
         assert record(report, name)["run"]["status"] == "ok"
         assert (report / name / "notebook.html").is_file()
-        for stem in FIGURES.get(name, ()):
+        for stem in FIGURES[name]:
             for kind in ("png", "svg", "csv"):
                 path = report / name / f"{stem}.{kind}"
                 assert path.stat().st_size > 200
@@ -216,7 +222,7 @@ def test_again_nothing_runs(home, report):
     began = time.perf_counter()
     done = run(home, report)
     assert time.perf_counter() - began < 60
-    assert done.stdout.count("up to date") == 12
+    assert done.stdout.count("up to date") == len(NOTEBOOKS)
     assert before == {path: path.stat().st_mtime_ns for path in report.rglob("*.png")}
 
 
@@ -225,7 +231,7 @@ def test_a_deleted_folder_is_remade_without_training(home, report):
     before = (report / "05_expert_usage" / "expert_usage.csv").read_bytes()
     shutil.rmtree(report / "05_expert_usage")
     done = run(home, report)
-    assert done.stdout.count("up to date") == 11
+    assert done.stdout.count("up to date") == len(NOTEBOOKS) - 1
     steps = record(report, "05_expert_usage")["results"]["steps"]
     assert {"calibrate", "train", "trace_routing"} <= {step["function"] for step in steps}
     assert all(step["cached"] for step in steps)

@@ -156,19 +156,22 @@ def test_notebooks_are_thin_and_stripped(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     sources = ["".join(cell["source"]) for cell in code]
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in code), "stored outputs"
+    stored = any(cell.get("outputs") or cell.get("execution_count") for cell in code)
+    assert not stored, f"stored outputs: jupyter nbconvert --clear-output --inplace notebooks/{path.name}"
     assert "parameters" in code[0]["metadata"].get("tags", []), "the first code cell is the parameters cell"
-    assert len(code) <= 14
-    assert not any(re.search(r"^(def|class|if smoke)\b", source, re.M) for source in sources)
-    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert len(code) <= 14, "at most 14 code cells: what is computed belongs into the package"
+    assert not any(re.search(r"^(def|class|if smoke)\b", source, re.M) for source in sources), (
+        "functions and classes belong into the package"
+    )
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3", "choose the kernel python3"
     assert f'lab.start("{path.stem}"' in "\n".join(sources), "a notebook opens its record under its own name"
-    assert "run.finish()" in sources[-1]
+    assert "run.finish()" in sources[-1], "the last code cell calls run.finish(), which closes the record"
     assert notebook["cells"][0]["source"][0].startswith("# "), "it opens with its question"
     parameters = ast.parse(sources[0]).body
     names = [node.target.id for node in parameters]
-    assert names[:3] == ["profile", "overrides", "output"]
+    assert names[:3] == ["profile", "overrides", "output"], "the parameters that every notebook has come first"
     for node in parameters:
-        assert isinstance(node, ast.AnnAssign)
+        assert isinstance(node, ast.AnnAssign), "a parameter is a line `name: type = value`"
         ast.literal_eval(node.value)
     read = {node.id for node in ast.walk(ast.parse("\n".join(sources[1:]))) if isinstance(node, ast.Name)}
     assert set(names) <= read, f"parameters that nothing reads: {set(names) - read}"
@@ -210,13 +213,14 @@ def test_constraints_pin_every_dependency_and_fit():
 def test_defaults_yaml_mirrors_the_dataclasses():
     from omegaconf import OmegaConf
 
-    from dynamoe_lab.config import Experiment
+    from dynamoe_lab.config import Experiment, field_names
 
     schema = OmegaConf.structured(Experiment)
     written = OmegaConf.load(ROOT / "configs" / "defaults.yaml")
     assert OmegaConf.to_object(OmegaConf.merge(schema, written)) == Experiment()
     as_lists = json.loads(json.dumps(OmegaConf.to_container(schema)))
-    assert OmegaConf.to_container(written) == as_lists, "a field is missing in defaults.yaml"
+    missing = [name for name in field_names() if OmegaConf.select(written, name, default="?") == "?"]
+    assert OmegaConf.to_container(written) == as_lists, f"configs/defaults.yaml lacks {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "defaults"))
@@ -254,7 +258,7 @@ def test_readme_names_what_is_there():
     for name in re.findall(r"\blab\.([a-zA-Z_]\w*)", README):
         assert name in lab.__all__, f"README uses lab.{name}"
     listed = re.findall(r"^\| `(\d\d_\w+)` \|", README, re.M)
-    assert listed == [path.stem for path in NOTEBOOKS]
+    assert listed == [path.stem for path in NOTEBOOKS], "README's table has a row `name` | its question for every notebook, in order"
     for target in re.findall(r"^make ([\w-]+)", README, re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):

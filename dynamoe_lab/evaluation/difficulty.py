@@ -24,7 +24,7 @@ def trace_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_s
     Returns:
         Table `similarity`, one row per token and layer: run, domain, document, position (in the block), token_id, layer, surprisal (-ln p
         of the token itself, nats; NaN at position 0), next_surprisal (of the token that follows; NaN at the last position), similarity_0 to
-        similarity_{E-2} (cosine of that expert's output to the full output; the last expert's is 1).
+        similarity_{E-2} (of that expert's output to the full output, as the model's label defines it; the last expert's is 1).
 
     Raises:
         InputError: the model is not converted, its experts are not nested (ToMoE), or there are no blocks.

@@ -154,9 +154,9 @@ def trace_text(
 
 @torch.no_grad()
 def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size: int = 8, run: str = "") -> pd.DataFrame:
-    """Cosine of every nested expert's output to the full output, by layer, of blocks [n, T] under routing "full" (the dense function).
+    """Similarity, as the model's label defines it (the paper: cosine), of every nested expert's output to the full output, by layer.
 
-    `batch_size`: blocks of a forward; `run`: names the rows.
+    Inputs are blocks [n, T] as routing "full" (the dense function) meets them. `batch_size`: blocks of a forward; `run`: names the rows.
 
     Returns:
         run, layer, expert, fraction (of the MLP), mean, q10, q50, q90, n (tokens but position 0), sink_mean (position 0 alone, which is an

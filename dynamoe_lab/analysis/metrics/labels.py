@@ -21,7 +21,7 @@ def labels_at(similarity: pd.DataFrame, theta: float) -> np.ndarray:
 
     Args:
         similarity: the frame `similarity`: similarity_0 to similarity_{E-2}.
-        theta: cosine, -1 to 1; compared in the precision of the similarities, as the model does.
+        theta: -1 to 1; compared in the precision of the similarities, as the model does.
 
     Returns:
         [rows] int8, 0 to E-1.
@@ -112,5 +112,5 @@ def _similarities(similarity: pd.DataFrame, function: str, fractions: Sequence[f
 def _thetas(thetas: Sequence[float], function: str) -> np.ndarray:
     values = np.unique(np.asarray(thetas, dtype=np.float64))
     if not len(values) or not (np.abs(values) <= 1).all():
-        raise InputError(f"{function}: theta is a cosine, give numbers from -1 to 1, e.g. 0.9")
+        raise InputError(f"{function}: theta is a similarity, give numbers from -1 to 1, e.g. 0.9")
     return values

@@ -93,7 +93,7 @@ def plot_importance_curves(
 
 @styled
 def plot_expert_similarity(
-    similarity: pd.DataFrame, *, theta: float | None = None, figure: Figure | SubFigure | None = None
+    similarity: pd.DataFrame, *, theta: float | None = None, label: str = "cosine", figure: Figure | SubFigure | None = None
 ) -> Figure | SubFigure:
     """How close each expert's output comes to the full MLP's, layer by layer: a panel per expert but the last.
 
@@ -101,9 +101,10 @@ def plot_expert_similarity(
     many models is an attention sink unlike any other token.
 
     Args:
-        similarity: layer, expert, fraction, mean, q10, q50, q90, n, sink_mean (and run): cosine similarities.
+        similarity: layer, expert, fraction, mean, q10, q50, q90, n, sink_mean (and run): similarities.
         theta: threshold of the labels, drawn as a line; the title counts the layers whose median token
             passes.
+        label: the definition of similarity, the experiment's `dynamoe.label`.
         figure: where to draw; None: a new figure.
 
     Raises:
@@ -126,6 +127,7 @@ def plot_expert_similarity(
     shown = experts[:-1] or experts  # the last is the full MLP, similarity 1 by definition
     sizes = frame.groupby("expert", observed=True)["fraction"].first().sort_index()
     names = expert_names(sizes.tolist(), len(sizes) - 1, "plot_expert_similarity")
+    measure = "cosine" if label == "cosine" else f"similarity ({label})"
     figure = canvas(7.2, figure)
     axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     for ax, expert in zip(axes, shown, strict=True):
@@ -141,14 +143,14 @@ def plot_expert_similarity(
         ax.set_title(f"first {names[experts.index(expert)]} of the neurons")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.grid(axis="y")
-    axes[0].set_ylabel("cosine to the full MLP output")
+    axes[0].set_ylabel(f"{measure} to the full MLP output")
     axes[len(axes) // 2].set_xlabel("layer")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, handlelength=2.2, columnspacing=1.2)
     expert = shown[len(shown) // 2]
     part = frame[frame["expert"].astype(int) == expert]
     message = (
-        f"With {names[experts.index(expert)]} of the neurons the median token reaches cosine "
+        f"With {names[experts.index(expert)]} of the neurons the median token reaches {measure} "
         f"{part['q50'].median():.2f} to the full MLP output (layers: {part['q50'].min():.2f} to {part['q50'].max():.2f})"
     )
     if theta is not None:
