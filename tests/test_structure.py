@@ -168,11 +168,11 @@ def test_notebooks_are_thin_and_stripped(path):
     assert "run.finish()" in sources[-1], "the last code cell calls run.finish(), which closes the record"
     assert notebook["cells"][0]["source"][0].startswith("# "), "it opens with its question"
     parameters = ast.parse(sources[0]).body
-    names = [node.target.id for node in parameters]
-    assert names[:3] == ["profile", "overrides", "output"], "the parameters that every notebook has come first"
     for node in parameters:
         assert isinstance(node, ast.AnnAssign), "a parameter is a line `name: type = value`"
         ast.literal_eval(node.value)
+    names = [node.target.id for node in parameters]
+    assert names[:3] == ["profile", "overrides", "output"], "the parameters that every notebook has come first"
     read = {node.id for node in ast.walk(ast.parse("\n".join(sources[1:]))) if isinstance(node, ast.Name)}
     assert set(names) <= read, f"parameters that nothing reads: {set(names) - read}"
 
