@@ -201,6 +201,7 @@ def _facts(sections: list[_Section]) -> list[tuple[str, str]]:
     wanted = (
         ("Model", ("model",)),
         ("Expert sizes", ("dynamoe", "experts")),
+        ("Label", ("dynamoe", "label")),
         ("θ", ("dynamoe", "theta")),
         ("λ LM, λ router", ("dynamoe", "lambda_lm"), ("dynamoe", "lambda_router")),
         ("Training tokens", ("data", "train_tokens")),
