@@ -33,7 +33,7 @@ class DynaMoEConfig:
         >>> lab.DynaMoEConfig(theta=90)
         Traceback (most recent call last):
             ...
-        ValueError: dynamoe.theta = 90: a cosine similarity, give a number from -1 to 1 (the paper: 0.7 to 0.9)
+        ValueError: dynamoe.theta = 90: a similarity, give a number from -1 to 1 (the paper: 0.7 to 0.9)
     """
 
     experts: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # share of the intermediate size of each prefix; increasing, last 1.0

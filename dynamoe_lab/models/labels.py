@@ -4,6 +4,7 @@ Whatever the definition, a token's label is the smallest expert whose similarity
 cosine). So a similarity is 1 where both outputs are the same, and less the worse the expert is; of an error e it is 1 - e, and theta is 1
 minus the largest error that a label allows.
 
+    >>> from dynamoe_lab.models.labels import cosine, relative_error
     >>> full, half = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]])  # one token, D = 2
     >>> [round(similarity([half], full, None)[0].item(), 4) for similarity in (cosine, relative_error)]
     [0.6, 0.2]
