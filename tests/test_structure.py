@@ -22,9 +22,11 @@ ALLOWED = {
     "errors": set(),
     "models": set(),
     "config": {"models"},
-    "assets": set(),
+    "digests": set(),
+    "assets": {"digests"},
     "texts": {"assets"},
-    "loading": {"assets", "models"},
+    "vetting": set(),
+    "loading": {"assets", "models", "vetting"},
     "data": {"assets", "texts", "loading"},
     "token_classes": set(),
     "analysis": set(),
@@ -41,7 +43,7 @@ ALLOWED = {
         "analysis.statistics",
         "analysis.perplexity_ratio",
     },
-    "workbench": {"config", "assets", "loading", "texts", "data", "models", "conversion", "training", "evaluation", "analysis"},
+    "workbench": {"config", "digests", "assets", "loading", "texts", "data", "models", "conversion", "training", "evaluation", "analysis"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -4,8 +4,10 @@
 `config.json` as the plain dict `moe` of `DynaMoE<Family>Config`, which is otherwise the family's own config.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from .converted_config import converted_configs
@@ -51,7 +53,16 @@ class DynaMoEConfig:
     label: str = field(default="cosine", metadata=LATER)  # which similarity, a name in `labels.LABELS`: cosine is the paper's
 
     def __post_init__(self) -> None:
-        self.experts = tuple(float(fraction) for fraction in self.experts)
+        given = self.experts
+        if not isinstance(given, (list, tuple)) or not all(isinstance(x, Real) and math.isfinite(x) for x in given):
+            raise ValueError(f"dynamoe.experts = {given!r}: give a list of fractions, e.g. [0.25,0.5,1.0]")
+        self.experts = tuple(float(fraction) for fraction in given)
+        for each in fields(self):
+            value, kind = getattr(self, each.name), type(each.default)
+            if kind is int and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise ValueError(f"dynamoe.{each.name} = {value!r}: give a whole number")
+            if kind is float and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise ValueError(f"dynamoe.{each.name} = {value!r}: give a number")
         if not self.experts or self.experts[-1] != 1.0:
             raise ValueError(f"dynamoe.experts = {list(self.experts)}: the last expert is the whole MLP, end the list with 1.0")
         if self.experts[0] <= 0 or any(a >= b for a, b in pairwise(self.experts)):
@@ -60,9 +71,9 @@ class DynaMoEConfig:
             raise ValueError(f"dynamoe.theta = {self.theta}: a similarity, give a number from -1 to 1 (the paper: 0.7 to 0.9)")
         if self.router_hidden_size < 1:
             raise ValueError(f"dynamoe.router_hidden_size = {self.router_hidden_size}: give a whole number of at least 1")
-        for name in ("lambda_lm", "lambda_router"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"dynamoe.{name} = {getattr(self, name)}: a loss weight, give a number of at least 0")
+        for name, what in (("lambda_lm", "a loss weight"), ("lambda_router", "a loss weight"), ("router_init_std", "a deviation")):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"dynamoe.{name} = {getattr(self, name)}: {what}, give a finite number of at least 0")
         choices = {
             "label_target": ("current", "frozen"),
             "importance": ("l2_down", "l2_down_tokennorm", "l2", "abs", "random"),

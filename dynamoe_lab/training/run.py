@@ -211,7 +211,7 @@ def _read_back(model: PreTrainedModel, folder: Path) -> pd.DataFrame:
 
 
 def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    trained = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    trained = type(model).from_pretrained(checkpoint, dtype=model.dtype, use_safetensors=True)
     model.load_state_dict(trained.state_dict())
     model.config.moe = trained.config.moe
     model.eval()

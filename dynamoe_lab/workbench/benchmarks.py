@@ -16,6 +16,7 @@ from dynamoe_lab.workbench.cells import Inputs, check_modes
 from dynamoe_lab.workbench.files import locked, read_json, told_when_full, write_atomic, write_json
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.inventory import table_text
+from dynamoe_lab.workbench.parameters import whole_number
 from dynamoe_lab.workbench.steps import run_step
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def _set_routing(model: "PreTrainedModel", routing: str | None, name: str) -> st
             )
         return None
     routing = routing or "router"
-    mode, experts = int(routing) if routing.isdigit() else routing, model.moe.num_experts
+    number, experts = whole_number(routing), model.moe.num_experts
+    mode = routing if number is None else number
     names = [name for name, reason in model.routing_modes.items() if reason is None and name != "random"]
     if mode == "random":
         raise InputError(f"--routing random: it needs the shares of a router; give {', '.join(names)}, or an expert's index")

@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from dynamoe_lab.workbench.files import file_digest
+from dynamoe_lab.digests import file_digest
 
 __all__ = ["describe", "fingerprint", "is_module"]
 

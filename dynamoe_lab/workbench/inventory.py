@@ -1,5 +1,6 @@
 """`dynamoe-lab ls` and `show`: what was run, what is kept, and what one run found, as plain text. Reads records; computes nothing."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.files import read_json, without_paths
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.notebooks import notebook_number
+from dynamoe_lab.workbench.parameters import whole_number
 from dynamoe_lab.workbench.records import RECORD_NAME, Record, effective_status, load_record
 from dynamoe_lab.workbench.report import duration, memory, number_text
 
@@ -86,7 +88,7 @@ def _sweep_rows(reports: Path) -> Iterator[tuple[str, ...]]:
             status = f"{bad} of {len(content['cells'])} failed" if bad else "ok"
             seconds = duration(sum(cell["seconds"] for cell in content["cells"]))
             when, stale = content["finished"][:16].replace("T", " "), content["env"]["code"] != code
-        except (InputError, KeyError, TypeError):
+        except (InputError, KeyError, TypeError, AttributeError, ValueError, OverflowError):
             status, seconds, when, stale = "unreadable", "", "", False
         yield (place.parent.parent.name, place.parent.name, status, when, seconds, size, "stale" if stale else "")
 
@@ -102,7 +104,7 @@ def list_steps(home: Path) -> str:
         try:
             step = read_json(place)
             name, seconds, stale = step["function"].rpartition(".")[2], duration(step["seconds"]), step["code"] != code
-        except (InputError, KeyError, TypeError, AttributeError):
+        except (InputError, KeyError, TypeError, AttributeError, ValueError, OverflowError):
             name, seconds, stale = "unreadable", "", False
         rows.append((place.parent.name.rpartition("-")[2], name, memory(size), age, seconds, "stale" if stale else ""))
     if not rows:
@@ -122,11 +124,12 @@ def find_run(name: str, reports: Path) -> Path:
     """
     path = Path(name)
     for place in (path, path.parent if path.name == RECORD_NAME else path):
-        if (place / RECORD_NAME).is_file():
-            return place
+        with contextlib.suppress(OSError, ValueError):  # a name too long for a file
+            if (place / RECORD_NAME).is_file():
+                return place
     report, _, notebook = name.strip("/").rpartition("/")
-    known = [place.parent for place in sorted(reports.glob(f"{report or '*'}/*/{RECORD_NAME}"))]
-    number = int(notebook) if notebook.isdigit() else None
+    known = [place.parent for place in sorted(reports.glob(f"*/*/{RECORD_NAME}")) if not report or place.parent.parent.name == report]
+    number = whole_number(notebook)
     found = [folder for folder in known if folder.name == notebook or (number is not None and notebook_number(folder.name) == number)]
     if len(found) == 1:
         return found[0]

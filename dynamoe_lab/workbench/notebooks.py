@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.files import locked, told_when_full, without_paths, write_atomic
 from dynamoe_lab.workbench.fingerprint import fingerprint
-from dynamoe_lab.workbench.parameters import Parameter, read_parameters, split_given, unknown_parameter
+from dynamoe_lab.workbench.parameters import Parameter, read_parameters, split_given, unknown_parameter, whole_number
 from dynamoe_lab.workbench.records import Record, RunError, RunInfo, StoredFile, load_record, missing_files, now, process_identity
 from dynamoe_lab.workbench.session import run_command
 
@@ -60,10 +60,10 @@ def select(names: Iterable[str]) -> list[Path]:
         raise InputError("no notebooks/*.ipynb in this project: run inside a checkout of dynamoe-lab")
     for name in names:
         wanted = Path(name).name.removesuffix(".ipynb")
-        number = int(wanted) if wanted.isdigit() else None
+        number = whole_number(wanted)
         matches = [path for path in known if path.stem == wanted or (number is not None and notebook_number(path.stem) == number)]
         if not matches:
-            near = difflib.get_close_matches(wanted, [path.stem for path in known], n=1, cutoff=0.4)
+            near = difflib.get_close_matches(wanted[:100], [path.stem for path in known], n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(path.stem for path in known)}"
             raise InputError(f"no notebook {name!r}; {hint}")
         chosen += [path for path in matches if path not in chosen]
@@ -72,8 +72,7 @@ def select(names: Iterable[str]) -> list[Path]:
 
 def notebook_number(stem: str) -> int | None:
     """4 for `04_router_confusion`; None for a name without a number."""
-    first = stem.split("_")[0]
-    return int(first) if first.isdigit() else None
+    return whole_number(stem.split("_")[0])
 
 
 def report_folder(profile: str, output: str | Path | None) -> Path:
@@ -95,7 +94,7 @@ def prepare(paths: Sequence[Path], *, profile: str = "quick", given: Sequence[st
         try:
             nb = nbformat.read(path, as_version=4)
         except Exception as error:  # nbformat raises what its parser and its validator raise
-            raise InputError(f"notebooks/{path.name}: not a readable notebook ({str(error).splitlines()[0]})") from error
+            raise InputError(f"notebooks/{path.name}: not a readable notebook ({first_line(error)}); restore it or save it anew") from error
         notebooks.append((path.stem, nb, read_parameters(nb, f"notebooks/{path.name}")))
     jobs, unread = [], set(given)
     for name, nb, parameters in notebooks:

@@ -6,13 +6,16 @@ so it is read as Python here. `key=value` is a parameter of the notebook if it h
 
 import ast
 import difflib
+import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.errors import InputError, first_line
 
-__all__ = ["Parameter", "parse_value", "read_parameters", "split_given"]
+__all__ = ["Parameter", "parse_value", "read_parameters", "split_given", "whole_number"]
 
 STANDARD = ("profile", "overrides", "output")  # every notebook has them; the runner fills them in
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict}
@@ -27,19 +30,25 @@ class Parameter:
     default: Any
 
 
+def whole_number(text: str) -> int | None:
+    """The number that a text of a few plain digits stands for; else None (`str.isdigit` takes `²`, too)."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
+
+
 def read_parameters(nb: Any, notebook: str) -> dict[str, Parameter]:
     """The parameters of a notebook, by name.
 
     Raises `InputError` if no code cell is tagged `parameters`, a value is no literal, or one of profile, overrides, output is missing.
     """
-    cell = next((c for c in nb.cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])), None)
+    cell = next((c for c in nb.cells if c.cell_type == "code" and "parameters" in _tags(c)), None)
     if cell is None:
         raise InputError(f"{notebook}: no code cell is tagged 'parameters'; tag the first one in JupyterLab (property inspector)")
     parameters = {}
     try:
         statements = ast.parse(cell.source).body
-    except SyntaxError as error:
-        raise InputError(f"{notebook}: the parameters cell is no Python ({error.msg}, line {error.lineno})") from error
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        reason = f"{error.msg}, line {error.lineno}" if isinstance(error, SyntaxError) else first_line(error)
+        raise InputError(f"{notebook}: the parameters cell is no Python ({reason}); correct it in JupyterLab") from error
     for statement in statements:
         if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
             target, annotation = statement.targets[0], None
@@ -51,13 +60,18 @@ def read_parameters(nb: Any, notebook: str) -> dict[str, Parameter]:
             continue
         try:
             default = ast.literal_eval(statement.value)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
             raise InputError(f"{notebook}: parameter {target.id} has no literal value; write a number, a text or a list") from error
         written = ast.unparse(annotation) if annotation is not None else type(default).__name__
         parameters[target.id] = Parameter(target.id, written, default)
     if absent := [name for name in STANDARD if name not in parameters]:
         raise InputError(f"{notebook}: its parameters cell lacks {', '.join(absent)}; every notebook has profile, overrides and output")
     return parameters
+
+
+def _tags(cell: Any) -> list:
+    tags = cell.metadata.get("tags", []) if isinstance(cell.metadata, dict) else []
+    return tags if isinstance(tags, list) else []
 
 
 def split_given(
@@ -72,6 +86,8 @@ def split_given(
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
             raise InputError(f"-p {pair}: write key=value, e.g. -p dynamoe.theta=0.8")
+        if not _is_text(pair):
+            raise InputError(f"-p {pair}: not UTF-8 text; type it again, or rename the file that it names")
         if key in ("profile", "output"):
             raise InputError(f"-p {pair}: use the option --{key}")
         if key in parameters:
@@ -81,6 +97,15 @@ def split_given(
         else:
             unknown.append(pair)
     return values, overrides, unknown
+
+
+def _is_text(pair: str) -> bool:
+    """Whether it is what every file can hold: an argument of a shell may be any bytes."""
+    try:
+        pair.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def unknown_parameter(pair: str, parameters: Iterable[str], fields: Iterable[str], where: str) -> InputError:
@@ -101,8 +126,12 @@ def parse_value(parameter: Parameter, text: str) -> Any:
         return text
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"-p {parameter.name}={text}: the value cannot be read as YAML ({str(error).splitlines()[0]})") from error
+        json.dumps(value)  # a notebook takes numbers, texts, lists and maps of them: no dates, no bytes, no circles
+    except Exception as error:  # a constructor of YAML raises whatever its value raises
+        raise InputError(
+            f"-p {parameter.name}={text}: the value cannot be read as YAML of numbers, texts, lists and maps ({first_line(error)}); "
+            "put texts in quotes"
+        ) from error
     for wanted in _alternatives(ast.parse(parameter.annotation, mode="eval").body):
         fits, converted = _fit(wanted, value, text)
         if fits:
@@ -139,8 +168,8 @@ def _fit(wanted: ast.expr, value: Any, text: str | None) -> tuple[bool, Any]:
         return value in ast.literal_eval(f"({ast.unparse(element)},)"), value
     if name == "float" and not isinstance(value, bool):
         try:
-            return not isinstance(value, (list, dict, type(None))), float(value)  # YAML reads 1e-5 as a text
-        except (TypeError, ValueError):
+            return math.isfinite(float(value)), float(value)  # YAML reads 1e-5 as a text
+        except (TypeError, ValueError, OverflowError):
             return False, None
     if name == "str":
         return (True, value if isinstance(value, str) else text) if text is not None else (isinstance(value, str), value)

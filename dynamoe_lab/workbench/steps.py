@@ -19,9 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dynamoe_lab.digests import file_digest
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
-from dynamoe_lab.workbench.files import file_digest, locked, read_json, told_when_full, write_json
+from dynamoe_lab.workbench.files import locked, read_json, told_when_full, write_json
 from dynamoe_lab.workbench.fingerprint import describe, fingerprint, is_module
 from dynamoe_lab.workbench.results import read_result, write_result
 

@@ -17,17 +17,19 @@ Everything that can be wrong in it is found before anything runs.
 import difflib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.workbench.cells import check_modes
 
 if TYPE_CHECKING:
     from dynamoe_lab.config import Experiment
 
+MOST_CELLS = 1_000  # a cell takes minutes: more is a slip of the pen
 __all__ = ["Plan", "Sweep", "SweepFile", "load_sweep", "settings_text", "shipped_sweeps"]
 
 
@@ -77,7 +79,8 @@ class Sweep(SweepFile):
 
         Raises:
             InputError: an unknown field, one that a cell's method does not read, an impossible value, a mode that a cell does not have, an
-                axis that is no list or empty, a cell that is no mapping, no cell, or two cells that are the same experiment.
+                axis that is no list or empty, a cell that is no mapping, no cell, more than `MOST_CELLS`, or two cells that are the same
+                experiment.
         """
         from dynamoe_lab.config import METHODS, field_names, load_experiment, unread_section
 
@@ -85,7 +88,7 @@ class Sweep(SweepFile):
             if not isinstance(cell, Mapping):
                 raise InputError(f"sweep {self.name}: the cell {cell!r} is no mapping; give field -> value, e.g. {{'dynamoe.theta': 0.8}}")
         known = [name for name in field_names() if name != "profile"]
-        for name in self.fields:
+        for name in map(str, self.fields):
             if name not in known:
                 near = [other for other in known if other.rpartition(".")[2] == name] or difflib.get_close_matches(name, known, 1, 0.5)
                 hint = f"did you mean {near[0]}?" if near else "the fields are in configs/defaults.yaml"
@@ -95,6 +98,9 @@ class Sweep(SweepFile):
                 raise InputError(f"sweep {self.name}: the axis {name} is {values!r}; give a list of values, e.g. [{values!r}]")
             if not len(values):
                 raise InputError(f"sweep {self.name}: the axis {name} is empty; give it values or leave it out")
+        count = math.prod(len(values) for values in self.axes.values()) if self.axes else 0
+        if count + len(self.cells) > MOST_CELLS:
+            raise InputError(f"sweep {self.name}: {count + len(self.cells):,} cells, of which {MOST_CELLS:,} are the most; shorten an axis")
         grid = [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())] if self.axes else []
         chosen = [_plain(settings) for settings in [*grid, *self.cells]]
         if not chosen:
@@ -102,8 +108,11 @@ class Sweep(SweepFile):
         plans, seen = [], {}
         base = [*self.overrides, *overrides]
         for number, settings in enumerate(chosen, start=1):
+            try:
+                own = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+            except (TypeError, ValueError, RecursionError) as error:  # bytes, paths and what else YAML can make
+                raise InputError(f"sweep {self.name}, cell {number}: {first_line(error)}; give numbers, texts and lists") from error
             where = f"sweep {self.name}, cell {number} ({settings_text(settings)})"
-            own = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
             try:
                 experiment = load_experiment(profile or self.profile, [*base, *own])
             except InputError as error:
@@ -163,27 +172,25 @@ def load_sweep(file: str | Path) -> Sweep:
         >>> sweep.profile, list(sweep.axes)
         ('quick', ['dynamoe.importance'])
     """
-    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from dynamoe_lab.config import project_root
+    from dynamoe_lab.config import project_root, read_yaml
 
     path = Path(file)
     if path.suffix not in (".yaml", ".yml"):
         path = project_root() / "configs" / "sweeps" / f"{file}.yaml"
-    if not path.is_file():
+    if not _is_file(path):
         names = shipped_sweeps()
-        near = difflib.get_close_matches(Path(file).stem, names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(Path(file).stem[:100], names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"give a path to a YAML file or one of {', '.join(names)}"
         raise InputError(f"no sweep {str(file)!r}; {hint}")
-    try:
-        written = OmegaConf.load(path)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise InputError(f"sweep {file}: not a readable YAML file ({str(error).splitlines()[0]})") from error
+    if path.stem.startswith("."):  # `...yaml` would be the folder above
+        raise InputError(f"sweep {file}: its name becomes that of a folder; give the file a name that does not begin with a dot")
+    written = read_yaml(path, f"sweep {file}")
     try:
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepFile), written))
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
         key = str(getattr(error, "full_key", None) or "")
         known = list(vars(SweepFile()))
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -192,5 +199,12 @@ def load_sweep(file: str | Path) -> Sweep:
             if near and near[0] != key
             else f"entries are {', '.join(known)}; axes map a field to a list of values"
         )
-        raise InputError(f"sweep {file}, at {key or 'the top'}: {str(error).splitlines()[0].rstrip('.')}; {hint}") from error
+        raise InputError(f"sweep {file}, at {key or 'the top'}: {first_line(error)}; {hint}") from error
     return Sweep(**vars(merged), name=path.stem)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, say
+        return False
