@@ -66,7 +66,7 @@ def check_config(config: dict[str, Any], name: str | Path, trust_remote_code: bo
     for key, value in _entries(config):
         if key.endswith("_implementation") and "/" in str(value) and not trust_remote_code:
             raise InputError(
-                f"model {name}: {key} = {value!r} in its config.json names code on the Hub; read it, then set trust_remote_code=true to run it"
+                f"model {name}: {key} = {value!r} in its config.json is code on the Hub; read it, then set trust_remote_code=true"
             )
         if key == "transformers_weights" and value is not None and not _is_plain_shard(value):
             raise InputError(f"model {name}: transformers_weights = {value!r} in its config.json is no *.safetensors beside it; refused")

@@ -150,7 +150,8 @@ class TestErrors:
         path.write_text(path.read_text().replace("'{{question}}'", "!function mine.text"))
         assert "!function" in path.read_text()
         refused(
-            lambda: evaluate_task(make_dense(), tokenizer, path), "task file .*mine.yaml: cannot be scored .ZeroDivisionError: division by"
+            lambda: evaluate_task(make_dense(), tokenizer, path, trust_remote_code=True),
+            "task file .*mine.yaml: cannot be scored .ZeroDivisionError: division by",
         )
         path, rows = make_task(name="empty")
         path.with_suffix(".jsonl").write_text("".join(json.dumps({**row, "answer": None}) + "\n" for row in rows))

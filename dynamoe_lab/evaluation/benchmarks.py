@@ -34,7 +34,7 @@ _EVERY = 10.0  # seconds between progress lines
 _SEED = 1234  # lm-eval's own, for tasks with examples in the prompt; the seven have none
 
 
-def check_tasks(tasks: Iterable[str | Path] = (), *, limit: int | None = None) -> list[str | Path]:
+def check_tasks(tasks: Iterable[str | Path] = (), *, limit: int | None = None, trust_remote_code: bool = False) -> list[str | Path]:
     """The tasks that are going to be scored, the seven of `TASKS` if none is given, checked before hours are spent on a model.
 
     Raises:
@@ -46,7 +46,7 @@ def check_tasks(tasks: Iterable[str | Path] = (), *, limit: int | None = None) -
     """
     tasks = [tasks] if isinstance(tasks, (str, Path)) else list(tasks) or list(TASKS)
     _check(limit, 1)
-    load_tasks(tasks)
+    load_tasks(tasks, trust_remote_code=trust_remote_code)
     return tasks
 
 
@@ -59,6 +59,7 @@ def evaluate_benchmarks(
     batch_size: int = 8,
     run: str = "",
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`evaluate_task` of every task, one table of each kind: scores, documents. Names are checked before anything is scored.
 
@@ -80,8 +81,9 @@ def evaluate_benchmarks(
     """
     tasks = [tasks] if isinstance(tasks, (str, Path)) else list(tasks)
     _check(limit, batch_size)
-    load_tasks(tasks)
-    parts = [evaluate_task(model, tokenizer, task, limit=limit, batch_size=batch_size, run=run, progress=progress) for task in tasks]
+    load_tasks(tasks, trust_remote_code=trust_remote_code)
+    options = {"limit": limit, "batch_size": batch_size, "run": run, "progress": progress, "trust_remote_code": trust_remote_code}
+    parts = [evaluate_task(model, tokenizer, task, **options) for task in tasks]
     scores, documents = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     return scores, documents
 
@@ -95,6 +97,7 @@ def evaluate_task(
     batch_size: int = 8,
     run: str = "",
     progress: bool = True,
+    trust_remote_code: bool = False,
     definitions: str = DEFINITIONS,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Score a dense or converted model, zero-shot, under the routing that is set, which is left as it was.
@@ -106,6 +109,7 @@ def evaluate_task(
         batch_size: sequences of a forward. It moves scores within float ties only.
         run: names the model in the tables.
         progress: say on stderr how far it is and how long it still takes.
+        trust_remote_code: run Python code that a task file names, see `load_tasks`.
         definitions: leave it: it puts the versions of lm-eval and of the local documents into a step's key.
 
     Returns:
@@ -133,7 +137,7 @@ def evaluate_task(
     """
     _check(limit, batch_size)
     began = time.perf_counter()
-    ((name, definition),) = load_tasks([task]).items()
+    ((name, definition),) = load_tasks([task], trust_remote_code=trust_remote_code).items()
     whose = f"task file {Path(task).expanduser()}" if is_task_file(task) else f"task {name}"
     # lm-eval gives a tokenizer a pad token, and may add one to its vocabulary: to a copy
     with _scoring(model, copy.deepcopy(tokenizer), batch_size, _Progress(name) if progress else None) as lm:
@@ -162,7 +166,7 @@ def evaluate_task(
     return scores, documents.assign(run=run, task=name, n=n)[["run", "task", "doc_id", "metric", "value", "n", "digest"]]
 
 
-evaluate_task.step_ignores = ("progress",)  # how it is watched does not change what comes out
+evaluate_task.step_ignores = ("progress", "trust_remote_code")  # how it is watched does not change what comes out
 evaluate_task.step_reads = {"task": task_sources}
 
 

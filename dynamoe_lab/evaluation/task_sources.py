@@ -11,11 +11,14 @@ from typing import Any
 
 import yaml
 
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.errors import InputError, first_line
 
-__all__ = ["is_task_file", "read_definition", "sources_digest", "task_sources"]
+__all__ = ["foreign_code", "is_task_file", "read_definition", "sources_digest", "task_sources"]
 
 _REMOTE = "://"  # in a name: a URL, or a member of an archive
+_OWN = "lm_eval.tasks."  # functions of the installed lm-eval, which its own definitions name
+_MOST = 100_000  # values of a definition, repeated ones counted as often as they stand in it: few aliases can make any number
+_LONGEST_FILE = 5_000_000  # bytes
 
 
 def is_task_file(name: str | Path) -> bool:
@@ -44,9 +47,22 @@ def read_definition(path: Path) -> tuple[list[Path], dict[str, Any]]:
 
     Raises InputError as `task_sources`, data aside.
     """
-    if not path.is_file():
+    if not _is_file(path):
         raise InputError(f"task file {path}: no such file; give a .yaml of lm-eval's format, or the name of a task")
     return _definition(path, path, ())
+
+
+def foreign_code(files: Iterable[Path], config: dict[str, Any]) -> str | None:
+    """What a definition would run that is not lm-eval's own: a function, or a metric from the Hub; None if there is nothing."""
+    for name in _functions(config):
+        beside = any(_module(name, file).is_file() for file in files)
+        if beside or not name.startswith(_OWN):
+            return f"!function {name}"
+    metrics = config.get("metric_list")
+    for entry in metrics if isinstance(metrics, list) else ():
+        if isinstance(entry, dict) and entry.get("hf_evaluate"):
+            return f"the metric {entry.get('metric')!r} of the Hub (hf_evaluate)"
+    return None
 
 
 def sources_digest(sources: Iterable[Path]) -> str:
@@ -79,21 +95,24 @@ def _definition(path: Path, whose: Path, parents: tuple[Path, ...]) -> tuple[lis
     if path in parents:
         raise InputError(f"task file {whose}: {path} includes itself; take it out of `include`")
     try:
+        if path.stat().st_size > _LONGEST_FILE:
+            raise ValueError(f"{path.name} is longer than any task")
         own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"task file {whose}: cannot be loaded ({reason})") from error
+        if _values(own, {}) > _MOST:
+            raise ValueError(f"the aliases of {path.name} stand for more than {_MOST:,} values")
+    except Exception as error:  # a constructor of YAML raises whatever its value raises
+        raise InputError(f"task file {whose}: cannot be loaded ({first_line(error)}); give a .yaml of lm-eval's format") from error
     if not isinstance(own, dict):
         raise InputError(f"task file {whose}: cannot be loaded ({path.name} holds no fields); give a .yaml of lm-eval's format")
     files, config = [path], {}
     for included in _names(own.pop("include", None)):
         file = path.parent / included  # an absolute name stays what it is
-        if not file.is_file():
+        if not _is_file(file):
             raise InputError(f"task file {whose}: includes {file}, which is not there; write it, or take it out of `include`")
         more, values = _definition(file, whose, (*parents, path))
         files += more
         config |= values
-    modules = (path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in _functions(own))
+    modules = (_module(name, path) for name in _functions(own))
     files += [module for module in modules if module.is_file()]  # others are importable packages, with versions of their own
     return files, config | own
 
@@ -125,6 +144,30 @@ def _matching(base: Path, name: str) -> list[Path]:
         return [file]
     root = Path(file.anchor)
     return sorted(match for match in root.glob(str(file.relative_to(root))) if match.is_file())
+
+
+def _module(function: str, file: Path) -> Path:
+    """Where the module of a function lies, if it lies beside the file that names it."""
+    return file.parent / f"{function.rpartition('.')[0].replace('.', '/')}.py"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, say
+        return False
+
+
+def _values(value: Any, known: dict[int, int]) -> int:
+    """How many values stand in a value, what aliases repeat counted each time. Raises ValueError if it holds itself."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if known.get(id(value)) == 0:
+        raise ValueError("an alias stands for what it stands in")
+    if id(value) not in known:
+        known[id(value)] = 0
+        known[id(value)] = 1 + sum(_values(part, known) for part in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
 
 
 def _names(value: Any) -> list[str]:

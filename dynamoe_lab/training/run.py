@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from dynamoe_lab.config import TrainSettings
 from dynamoe_lab.data import Blocks, require_blocks
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.models import DynaMoEMixin, RoutedMixin, ToMoEMixin
 from dynamoe_lab.training.dynamoe import DynaMoETrainer
 from dynamoe_lab.training.tomoe import ToMoETrainer
@@ -110,7 +110,7 @@ def train(
             try:
                 trainer = kind(model, blocks, config, folder / "trainer", heldout=heldout, progress=progress)
             except (ValueError, RuntimeError, ImportError) as error:  # a tracker that is unknown or not installed, say
-                raise InputError(f"train: Trainer refuses these settings ({str(error).splitlines()[0]})") from error
+                raise InputError(f"train: Trainer refuses these settings ({first_line(error)})") from error
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             state, first = trainer.state, trainer.is_world_process_zero()
     steps = steps_frame(state.log_history, run, columns)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.cells import Inputs, check_modes
-from dynamoe_lab.workbench.files import locked, read_json, told_when_full, write_atomic, write_json
+from dynamoe_lab.workbench.files import locked, read_json, require_writable, told_when_full, write_atomic, write_json
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.inventory import table_text
 from dynamoe_lab.workbench.parameters import whole_number
@@ -78,9 +78,11 @@ def score_to_folder(
                 f"{name} {value}: give a whole number of at least 1{', or leave it out for all documents' * (name == '--limit')}"
             )
     experiment, tasks = _experiment(model, given), list(tasks or TASKS)
+    require_writable(output)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / SETTINGS).is_file())):
         raise InputError(f"{output}: not an empty folder, and no scores to go on with; choose another --output, or remove it")
-    names = list(load_tasks(tasks))  # a wrong name or missing data is told before a model is loaded
+    trust = {"trust_remote_code": experiment.trust_remote_code}
+    names = list(load_tasks(tasks, **trust))  # a wrong name or missing data is told before a model is loaded
     sources = {name: Path(task).name if is_task_file(task) else str(task) for name, task in zip(names, tasks, strict=True)}
     _check_sources(output, sources)
     environment.seed_generators(experiment.seed, experiment.threads)
@@ -94,7 +96,7 @@ def score_to_folder(
     _found(output, settings)  # other settings are told before anything is scored
     with told_when_full(output, "free some, or choose another --output"):
         for number, (name, task) in enumerate(zip(names, tasks, strict=True), 1):
-            done = run_step(evaluate_task, (network, tokenizer, task), {"limit": limit, "batch_size": batch_size}, home=home)
+            done = run_step(evaluate_task, (network, tokenizer, task), {"limit": limit, "batch_size": batch_size, **trust}, home=home)
             fresh = [frame.assign(run=run) for frame in done.value]
             scores = _add(output, settings, {name: sources[name]}, fresh, home)
             say(f"[{number}/{len(tasks)}] {name}: {'read from the cache' if done.cached else f'{done.seconds:.0f} s'}")

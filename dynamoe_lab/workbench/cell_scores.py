@@ -95,7 +95,7 @@ def score_cells(
 
     def score(model: "PreTrainedModel", run: str, **case: Any) -> None:
         for task in tasks or TASKS:
-            asked = {"limit": limit, "batch_size": experiment.evaluate.batch_size}
+            asked = {"limit": limit, "batch_size": experiment.evaluate.batch_size, "trust_remote_code": experiment.trust_remote_code}
             for kind, frame in zip(found, step(evaluate_task, model, tokenizer, task, run=run, **asked), strict=True):
                 kind.append(frame.assign(**case))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.cells import Inputs
-from dynamoe_lab.workbench.files import told_when_full, without_paths, write_atomic, write_json
+from dynamoe_lab.workbench.files import require_writable, told_when_full, without_paths, write_atomic, write_json
 from dynamoe_lab.workbench.steps import run_step
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def _described(model: Any) -> str:
 
 
 def _new_folder(output: Path) -> None:
+    require_writable(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: not an empty folder; choose another --output, or remove it")
 
@@ -159,6 +160,7 @@ def train_to_folder(
     from dynamoe_lab.models import METHOD_MIXINS, RoutedMixin
     from dynamoe_lab.training import train
 
+    require_writable(output)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "train.json").is_file())):
         raise InputError(f"{output}: not an empty folder, and no run to go on with; choose another --output, or remove it")
     experiment = _experiment(model, profile, given)

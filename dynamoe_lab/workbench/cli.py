@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a run failed, 2 bad input (one line on stderr, no tracebac
 command needs it, so `--help` answers at once.
 """
 
+import errno
 import functools
 import os
 import shlex
@@ -19,7 +20,7 @@ import typer
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench.allocator import keep_freed_memory
-from dynamoe_lab.workbench.files import disk_full
+from dynamoe_lab.workbench.files import disk_full, require_writable
 
 __all__ = ["app", "main"]
 
@@ -33,6 +34,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _debug = False
+# What a file system says of a place that a person chose: no rights, a file where a folder should be, a name that is too long.
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 @app.callback()
@@ -57,11 +60,13 @@ def _answering(command: Callable) -> Callable:
             )
             code = 130
         except (InputError, OSError) as error:
-            if not isinstance(error, InputError) and not disk_full(error):
+            refused = not isinstance(error, InputError) and error.errno in _REFUSED
+            if not isinstance(error, InputError) and not disk_full(error) and not refused:
                 raise
             if _debug:
                 traceback.print_exc()
-            typer.echo(f"dynamoe-lab: {error}", err=True)
+            place = f"{error.filename}: {error.strerror}; choose another place, or make this one writable" if refused else error
+            typer.echo(f"dynamoe-lab: {InputError(str(place))}", err=True)
             code = 2
         raise typer.Exit(code or 0)
 
@@ -128,6 +133,7 @@ def sweep(
 
     chosen, root = load_sweep(file), project_root()
     folder = Path(os.path.abspath(output)) if output else root / "reports" / "sweeps" / chosen.name
+    require_writable(folder)
     result = run_sweep(chosen, profile=profile, overrides=parameter or (), jobs=jobs, home=home(), progress=typer.echo)
     command = sweep_command(file, profile, parameter or (), output)
     csv = write_sweep(result, folder, root=root, command=command)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.workbench.benchmarks import SETTINGS, millions_text, score_notes
 from dynamoe_lab.workbench.files import read_json
 from dynamoe_lab.workbench.inventory import table_text
@@ -90,8 +90,9 @@ def _read(folder: Path, metric: str, tasks: Sequence[str]) -> "tuple[dict[str, A
         raise InputError(f"{folder}: no scores in this folder; make some with: dynamoe-lab eval MODEL --output {folder}")
     try:
         scores, documents = (pd.read_parquet(folder / f"{name}.parquet") for name in ("scores", "documents"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: its tables cannot be read ({str(error).splitlines()[0]}); remove it and score again") from error
+    except (OSError, ValueError, NotImplementedError, KeyError) as error:
+        raise InputError(f"{folder}: its tables cannot be read ({first_line(error)}); remove it and score again") from error
+    _check_columns(folder, scores=scores, documents=documents)
     if absent := sorted(set(tasks) - set(scores["task"])):
         raise InputError(f"{folder}: task {absent[0]} was not scored; there is {', '.join(scores['task'].unique())}")
     if tasks:
@@ -100,7 +101,20 @@ def _read(folder: Path, metric: str, tasks: Sequence[str]) -> "tuple[dict[str, A
         raise InputError(f"{folder}: {', '.join(scores['task'].unique())}: no number for each document, so nothing to compare by document")
     if metric not in set(documents["metric"]):
         raise InputError(f"--metric {metric}: not in {folder}; there is {', '.join(sorted(set(documents['metric'])))}")
-    return read_json(folder / SETTINGS), scores, documents
+    settings = read_json(folder / SETTINGS)
+    if not isinstance(settings, dict):
+        raise InputError(f"{folder / SETTINGS}: no settings of scores; remove {folder} and score again")
+    return settings, scores, documents
+
+
+def _check_columns(folder: Path, **tables: "pd.DataFrame") -> None:
+    """Refuse tables that are none of ours."""
+    columns = {"scores": ("task", "split", "metric", "value", "task_version"), "documents": ("task", "doc_id", "metric", "value")}
+    for name, table in tables.items():
+        lacks = [column for column in columns[name] if column not in table.columns]
+        if lacks or table["value"].dtype.kind not in "fiub":
+            told = f"lacks {', '.join(lacks)}" if lacks else "has no numbers in value"
+            raise InputError(f"{folder}: {name}.parquet {told}; remove the folder and score again")
 
 
 def _described(letter: str, folder: "tuple[Path, dict[str, Any], pd.DataFrame]") -> str:

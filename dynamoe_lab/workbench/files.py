@@ -23,6 +23,7 @@ __all__ = [
     "disk_full",
     "locked",
     "read_json",
+    "require_writable",
     "sha256",
     "told_when_full",
     "without_paths",
@@ -61,6 +62,17 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({first_line(error)}); remove it and run again") from error
+
+
+def require_writable(folder: Path, option: str = "--output") -> None:
+    """Raise `InputError` if results cannot come into `folder`, which need not exist yet: told before they are computed, not after."""
+    try:
+        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        fits = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{option} {folder}: no name of a folder ({first_line(error)}); choose another one") from error
+    if not fits:
+        raise InputError(f"{option} {folder}: {place} is {'not writable' if place.is_dir() else 'a file'}; choose another folder")
 
 
 def sha256(path: Path) -> str:

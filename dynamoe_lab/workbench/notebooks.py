@@ -18,7 +18,7 @@ from typing import Any
 
 from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.workbench import environment
-from dynamoe_lab.workbench.files import locked, told_when_full, without_paths, write_atomic
+from dynamoe_lab.workbench.files import locked, require_writable, told_when_full, without_paths, write_atomic
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.parameters import Parameter, read_parameters, split_given, unknown_parameter, whole_number
 from dynamoe_lab.workbench.records import Record, RunError, RunInfo, StoredFile, load_record, missing_files, now, process_identity
@@ -171,6 +171,7 @@ def run_notebooks(
     """
     jobs = prepare(select(names), profile=profile, given=given, output=output)
     report = jobs[0].folder.parent
+    require_writable(report)
     shown = without_paths(str(report), jobs[0].root).removeprefix("./")
     statuses = {}
     with locked(report / "run.lock", refuses=f"{shown} is being written by pid {{pid}}; wait for it, or choose another --output"):

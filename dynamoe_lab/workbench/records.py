@@ -8,11 +8,11 @@ a record that says `running` while its process is gone reads as `interrupted`. N
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.workbench.files import read_json, sha256, write_json
 
 __all__ = [
@@ -213,9 +213,18 @@ def load_record(folder: Path) -> Record:
         if content["format"] != RECORD_FORMAT:
             raise TypeError(f"format {content['format']}, this version reads {RECORD_FORMAT}")
         record = _typed(Record, content, "record")
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a record ({error}); remove it and run the notebook again") from error
+        _check_names(record)
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path}: not a record ({first_line(error)}); remove it and run the notebook again") from error
     return record
+
+
+def _check_names(record: Record) -> None:
+    """Raise ValueError unless every file of a record lies beside it: it may come from elsewhere, and the report shows what it names."""
+    files = [entry.name for artifact in record.artifacts for entry in artifact.files] + [entry.name for entry in record.results.notebook]
+    for name in (record.run.name, *files):
+        if not name or name != PurePosixPath(name).name or name.startswith(".") or "\\" in name:
+            raise ValueError(f"{name!r} is no plain file name")
 
 
 def load_records(folder: Path) -> list[Record]:
@@ -267,12 +276,12 @@ def effective_status(record: Record, *, code: str | None = None, source: str | N
 def _alive(pid: int | None, started: float | None) -> bool:
     import psutil
 
-    if pid is None:
+    if pid is None or pid <= 0:
         return False
     try:
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and (started is None or abs(process.create_time() - started) < 1.0)
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, OverflowError):
         return False
     except psutil.AccessDenied:
         return True

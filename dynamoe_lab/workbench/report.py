@@ -145,27 +145,37 @@ def _item(artifact: Artifact, folder: Path, name: str) -> _Item:
         item.width, item.height = _png_size(folder / item.image)
     elif item.csv:
         item.table = _table(folder / item.csv)
+        missing += [] if item.table is not None else [files[".csv"]]
     elif ".html" in present:
-        item.html = (folder / present[".html"]).read_text(encoding="utf-8")
+        from dynamoe_lab.workbench.export import clean_fragment
+
+        # Sanitized when it was written, and again: a record that came from elsewhere has the digest of whatever came with it.
+        item.html = clean_fragment((folder / present[".html"]).read_text(encoding="utf-8", errors="replace"))
     return item
 
 
 def _is_there(entry: StoredFile, folder: Path) -> bool:
-    """Whether a file is there; one that becomes part of the page has to be the very one that was written."""
+    """Whether a file is there, and the very one that was written."""
     path = folder / entry.name
-    return path.is_file() and (path.suffix != ".html" or sha256(path) == entry.sha256)
+    return path.is_file() and sha256(path) == entry.sha256
 
 
 def _png_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels, so that the page does not jump while it loads."""
     with path.open("rb") as stream:
         header = stream.read(24)
-    return struct.unpack(">II", header[16:24]) if header[12:16] == b"IHDR" else (0, 0)
+    return struct.unpack(">II", header[16:24]) if header[12:16] == b"IHDR" and len(header) == 24 else (0, 0)
 
 
-def _table(path: Path) -> _Table:
-    with path.open(encoding="utf-8", newline="") as stream:
-        header, *rows = csv.reader(stream)
+def _table(path: Path) -> _Table | None:
+    """The table in a csv, cut to what a page shows; None if it is none."""
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            header, *rows = csv.reader(stream)
+    except (ValueError, csv.Error):
+        return None
+    if any(len(row) != len(header) for row in rows):
+        return None
     filled = [place for place, _ in enumerate(header) if not rows or any(row[place] for row in rows)]  # an empty column says nothing
     header, rows = [header[place] for place in filled], [[row[place] for place in filled] for row in rows]
     shown = [[_cell(text) for text in row] for row in rows[:TABLE_ROWS]]

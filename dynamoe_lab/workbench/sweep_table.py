@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.cells import Cell
 from dynamoe_lab.workbench.files import without_paths, write_atomic, write_json
@@ -69,7 +69,7 @@ def read_sweep(path: str | Path) -> "pd.DataFrame":
     try:
         table = pd.read_csv(project_root() / path, dtype={"mode": object})
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        reason = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
         raise InputError(f"{path}: {reason}; make one with: dynamoe-lab sweep FILE") from error
     if missing := [name for name in ("cell", "mode", "metric", "value", "status") if name not in table.columns]:
         raise InputError(f"{path}: no table of a sweep, it lacks {', '.join(missing)}; make one with: dynamoe-lab sweep FILE")
