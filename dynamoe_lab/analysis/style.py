@@ -76,6 +76,7 @@ RC = {
     "ps.fonttype": 42,
     "savefig.dpi": 200,
     "svg.fonttype": "path",
+    "text.parse_math": False,  # labels are names of files and models: a $ in them is a $
     "svg.hashsalt": "dynamoe-lab",  # the same figure gives the same file
     "xtick.color": "#444444",
     "xtick.labelsize": 7,
