@@ -28,7 +28,7 @@ def main(folder: str) -> None:
     import dynamoe_lab.models  # noqa: F401  registers the classes of converted checkpoints
 
     began = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
     seconds = time.perf_counter() - began
     if not hasattr(model, "set_routing"):
         sys.exit(f"starting.py: {type(model).__name__} is no converted model")

@@ -111,7 +111,13 @@ def train(
                 trainer = kind(model, blocks, config, folder / "trainer", heldout=heldout, progress=progress)
             except (ValueError, RuntimeError, ImportError) as error:  # a tracker that is unknown or not installed, say
                 raise InputError(f"train: Trainer refuses these settings ({first_line(error)})") from error
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            except Exception as error:
+                if type(error).__name__ == "UnpicklingError":  # torch refuses what is not tensors and numbers
+                    told = f"{resume} is not what Trainer wrote ({first_line(error)}); remove this folder, and the run goes on without it"
+                    raise InputError(f"train: {told}") from error
+                raise
             state, first = trainer.state, trainer.is_world_process_zero()
     steps = steps_frame(state.log_history, run, columns)
     trained = int(steps["tokens"].iloc[-1])
