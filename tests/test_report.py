@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.workbench.records import Artifact, Environment, Finding, Record, Results, RunError, RunInfo, Scalar, StepUse, StoredFile
+from dynamoe_lab.workbench.records import (
+    Artifact,
+    Environment,
+    Finding,
+    Record,
+    Results,
+    RunError,
+    RunInfo,
+    Scalar,
+    StepUse,
+    StoredFile,
+    load_record,
+)
 from dynamoe_lab.workbench.report import build_report
 
 CHECKOUT = Path(__file__).parents[1]
@@ -57,6 +69,15 @@ def write_run(report: Path, name: str, *, caption: str = "A caption.", status: s
     )
     record.write(folder)
     return record
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """Another content of a file of a run, also in its record."""
+    path.write_bytes(content)
+    record = load_record(path.parent)
+    for artifact in record.artifacts:
+        artifact.files = [StoredFile.of(path) if entry.name == path.name else entry for entry in artifact.files]
+    record.write(path.parent)
 
 
 class Page(HTMLParser):
@@ -222,7 +243,7 @@ def test_many_findings_of_a_notebook_are_folded(tmp_path):
 
 def test_wide_figures_get_more_than_the_column(report):
     wide = PNG[:16] + (1800).to_bytes(4, "big") + PNG[20:]
-    (report / "02_difficulty" / "usage.png").write_bytes(wide)
+    rewrite(report / "02_difficulty" / "usage.png", wide)
     text = build_report(report).read_text()
     assert '<figure id="02_difficulty-usage" class="wide">' in text
     assert '<figure id="04_router_confusion-usage">' in text
@@ -231,17 +252,17 @@ def test_wide_figures_get_more_than_the_column(report):
 
 def test_a_text_is_shown_in_place_unless_it_was_changed(report):
     folder = report / "02_difficulty"
-    (folder / "sentence.html").write_text('<span style="background:#9cf" title="63 %">Paris</span>\n')
+    (folder / "sentence.html").write_text('<span style="background: #9cf;" title="63 %">Paris</span>\n')
     record = write_run(report, "00_explore")
     record.results.fragments = [Artifact("sentence", "A coloured text.", [StoredFile.of(folder / "sentence.html")])]
     shutil.copy(folder / "sentence.html", report / "00_explore" / "sentence.html")
     record.write(report / "00_explore")
     text = build_report(report).read_text()
-    assert '<span style="background:#9cf" title="63 %">Paris</span>' in text
+    assert '<span style="background: #9cf;" title="63 %">Paris</span>' in text
     (report / "00_explore" / "sentence.html").write_text("<script>alert(1)</script>")
     changed = build_report(report).read_text()
     assert "alert(1)" not in changed
-    assert "Missing since the run: sentence.html." in changed
+    assert "Gone or changed since the run: sentence.html." in changed
 
 
 def test_files_that_are_gone_are_told(report):
@@ -249,13 +270,13 @@ def test_files_that_are_gone_are_told(report):
     (report / "02_difficulty" / "summary.csv").unlink()
     page = Page(build_report(report).read_text())
     assert len(page.images) == 1
-    assert "Missing since the run: usage.png." in page.text
-    assert "Missing since the run: summary.csv." in page.text
+    assert "Gone or changed since the run: usage.png." in page.text
+    assert "Gone or changed since the run: summary.csv." in page.text
 
 
 def test_long_tables_are_cut(report):
     rows = "".join(f"{i},{i / 7}\n" for i in range(100))
-    (report / "02_difficulty" / "summary.csv").write_text("a,b\n" + rows)
+    rewrite(report / "02_difficulty" / "summary.csv", f"a,b\n{rows}".encode())
     assert "60 more rows in the csv" in Page(build_report(report).read_text()).text
 
 
