@@ -47,7 +47,7 @@ def main(job: str, model_name: str, ids_file: str, *counts: str) -> None:
     from training import make_trainer
 
     import dynamoe_lab as lab
-    from dynamoe_lab.workbench.environment import peak_memory
+    from dynamoe_lab.workbench.memory import peak_memory
 
     lab.keep_freed_memory()
     ids = torch.from_numpy(np.load(ids_file))

@@ -355,7 +355,7 @@ def test_a_childs_peak_is_its_own(tmp_path):
     held = np.ones(2**26)  # half a GiB
     script = tmp_path / "peak.py"
     folder = str(ROOT / "benchmarks")
-    lines = (f"sys.path.insert(0, {folder!r})", "import children", "from dynamoe_lab.workbench.environment import peak_memory")
+    lines = (f"sys.path.insert(0, {folder!r})", "import children", "from dynamoe_lab.workbench.memory import peak_memory")
     script.write_text("\n".join(["import sys", *lines, "children.report(peak=peak_memory())"]))
     peak = children.run_child(str(script))["peak"]
     assert 2**22 < peak < held.nbytes / 2

@@ -248,8 +248,14 @@ def test_a_good_notebook_is_kept_and_then_up_to_date(project, capsys, monkeypatc
     page = (folder / "notebook.html").read_text()
     assert "<script" not in page
     assert "default-src 'none'" in page
-    for kept in (page, (folder / "notebook.ipynb").read_text(), (folder / "record.json").read_text()):
+    log = (folder / "run.log").read_text()
+    for kept in (page, (folder / "notebook.ipynb").read_text(), (folder / "record.json").read_text(), log):
         assert str(project.parent) not in kept
+    said = [line.partition("  ")[2] for line in log.splitlines()]
+    assert said[0] == record.run.command
+    assert printed.splitlines()[0] in said  # what a cell printed
+    assert any(line.startswith("02_good  cell 3/4  Draw the figure") for line in said)
+    assert said[-1].startswith("02_good  ok  ")
     assert sorted(path.name for path in folder.iterdir()) == [
         "line.csv",
         "line.png",
@@ -257,6 +263,7 @@ def test_a_good_notebook_is_kept_and_then_up_to_date(project, capsys, monkeypatc
         "notebook.html",
         "notebook.ipynb",
         "record.json",
+        "run.log",
     ]
 
     from dynamoe_lab.workbench import kernel

@@ -1,4 +1,5 @@
-"""The command line: `dynamoe-lab run`, `sweep`, `convert`, `train`, `export`, `eval`, `compare`, `ls`, `show`, `report`, `doctor`.
+"""The command line: `dynamoe-lab run`, `sweep`, `convert`, `train`, `export`, `eval`, `compare`, `ls`, `show`, `check`, `report`, `doctor`;
+`cache` is in `cli_cache`.
 
 Thin: every command is a call of a function of the workbench.
 
@@ -8,6 +9,7 @@ command needs it, so `--help` answers at once.
 
 import errno
 import functools
+import json
 import os
 import shlex
 import sys
@@ -20,6 +22,7 @@ import typer
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench.allocator import keep_freed_memory
+from dynamoe_lab.workbench.cli_cache import free_cache, list_cache
 from dynamoe_lab.workbench.files import disk_full, require_writable
 
 __all__ = ["app", "main"]
@@ -68,7 +71,8 @@ def _answering(command: Callable) -> Callable:
             place = f"{error.filename}: {error.strerror}; choose another place, or make this one writable" if refused else error
             typer.echo(f"dynamoe-lab: {InputError(str(place))}", err=True)
             code = 2
-        raise typer.Exit(code or 0)
+        if code is not None:  # typer ends with 0 by itself; a command that goes before a subcommand must not
+            raise typer.Exit(code)
 
     return wrapped
 
@@ -246,35 +250,69 @@ def compare(
     typer.echo(compare_scores(first, second, metric=metric, tasks=names))
 
 
+_Json = Annotated[bool, typer.Option("--json", help="As JSON, for machines.")]
+
+
 @app.command("ls")
 @_answering
-def list_(steps: Annotated[bool, typer.Option("--steps", help="The cached steps instead.")] = False) -> None:
-    """List the runs below reports/, or the cached steps."""
+def list_(steps: Annotated[bool, typer.Option("--steps", help="The cached steps instead.")] = False, as_json: _Json = False) -> None:
+    """List the runs below reports/ with their state and what is stale and why, or the cached steps."""
     from dynamoe_lab.assets import home
     from dynamoe_lab.config import project_root
-    from dynamoe_lab.workbench.inventory import list_runs, list_steps
+    from dynamoe_lab.workbench import housekeeping, inventory
 
     root = project_root()
-    typer.echo(list_steps(home()) if steps else list_runs(root / "reports", root / "notebooks"))
+    reports = root / "reports"
+    if as_json:
+        rows = [row for row in housekeeping.cache_rows(home(), reports) if row["kind"] in ("step", "damaged")] if steps else None
+        typer.echo(json.dumps(inventory.run_rows(reports, root) if rows is None else rows, indent=1))
+    else:
+        typer.echo(inventory.list_steps(home(), reports) if steps else inventory.list_runs(reports, root))
 
 
 @app.command()
 @_answering
-def show(run: Annotated[str, typer.Argument(help="quick/04, or the path of a run's folder.")]) -> None:
-    """Show a run: how it ended, what it found, its numbers, files and steps."""
+def show(run: Annotated[str, typer.Argument(help="quick/04, or the path of a run's folder.")], as_json: _Json = False) -> None:
+    """Show a run: how it stands and why, what it found, its numbers, files, steps and log."""
     from dynamoe_lab.config import project_root
-    from dynamoe_lab.workbench.inventory import find_run, show_run
+    from dynamoe_lab.workbench import inventory, showing
 
-    typer.echo(show_run(find_run(run, project_root() / "reports")))
+    root = project_root()
+    folder = inventory.find_run(run, root / "reports")
+    typer.echo(json.dumps(showing.run_facts(folder, root), indent=1) if as_json else showing.show_run(folder, root))
 
 
 @app.command()
 @_answering
-def doctor() -> int:
-    """Check the environment, the cache and the kernel, and say what to do about each problem."""
+def check(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="quick/04, the path of a run's folder, or a report: all its runs.")],
+    keep: Annotated[Path | None, typer.Option(help="Keep the rerun's report in this new folder.", show_default="removed")] = None,
+) -> int:
+    """Run notebooks again from nothing, with their recorded settings, and compare every table, number and weight to the last digit."""
+    from dynamoe_lab.assets import home
+    from dynamoe_lab.config import project_root
+    from dynamoe_lab.workbench import checking
+
+    root = project_root()
+    folders = checking.find_runs(runs, root / "reports")
+    return int(not checking.check_runs(folders, home=home(), root=root, say=typer.echo, keep=keep))
+
+
+_cache = typer.Typer(
+    help="Say what lies in the cache ($DYNAMOE_LAB_HOME), or free some of it with `cache free`.", invoke_without_command=True
+)
+_cache.callback()(_answering(list_cache))
+_cache.command("free")(_answering(free_cache))
+app.add_typer(_cache, name="cache")
+
+
+@app.command()
+@_answering
+def doctor(as_json: _Json = False) -> int:
+    """Check the environment, the cache, the runs and the kernel, and say what to do about each problem."""
     from dynamoe_lab.workbench.doctor import examine, exit_code
 
-    return exit_code(list(examine()), typer.echo)
+    return exit_code(list(examine()), typer.echo, as_json=as_json)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 Each check gives lines of three kinds: `ok`, `note` (works, but not as tested), `bad` (a run would fail) with the remedy.
 """
 
+import json
 import platform
 import re
 import shutil
@@ -32,7 +33,7 @@ class Line(NamedTuple):
 
 def examine() -> Iterator[Line]:
     """All checks, in order; a check that breaks is itself a bad line."""
-    for check in (_python, _project, _packages, _torch, _machine, _cache, _kernel, _git):
+    for check in (_python, _project, _packages, _torch, _machine, _cache, _kept, _runs, _kernel, _git):
         try:
             yield from check()
         except Exception as error:
@@ -146,6 +147,44 @@ def _cache() -> Iterator[Line]:
         yield Line("note", f"assets not here yet: {', '.join(absent)}", "fetched with pip when first used; needs a package index once")
 
 
+def _kept() -> Iterator[Line]:
+    """What lies in the cache, and what of it is of no use any more."""
+    from dynamoe_lab.assets import home
+    from dynamoe_lab.config import project_root
+    from dynamoe_lab.workbench.cache import survey
+    from dynamoe_lab.workbench.report import memory
+
+    entries = survey(home(), project_root() / "reports")
+    steps = [entry for entry in entries if entry.kind == "step"]
+    if not steps:
+        return
+    stale, rest = [step for step in steps if step.stale], [entry for entry in entries if entry.kind in ("damaged", "unfinished")]
+    text = f"{len(steps)} steps take {memory(sum(step.bytes for step in steps))}"
+    if stale:
+        text += f", {len(stale)} of them ({memory(sum(step.bytes for step in stale))}) computed by other code"
+    yield Line("ok", text, "dynamoe-lab cache free --stale" if stale else "")
+    if idle := [entry for entry in rest if not entry.held]:
+        text = f"{len(idle)} steps in the cache are damaged or not finished ({memory(sum(entry.bytes for entry in idle))})"
+        yield Line("note", text, "the command that began them goes on from there; or dynamoe-lab cache free --scratch")
+
+
+def _runs() -> Iterator[Line]:
+    """How the runs below reports/ stand."""
+    from dynamoe_lab.config import project_root
+    from dynamoe_lab.workbench.inventory import run_rows
+
+    root = project_root()
+    rows = run_rows(root / "reports", root)
+    states: dict[str, list[str]] = {}
+    for row in rows:
+        states.setdefault(row["state"], []).append(row["run"])
+    if rows:
+        yield Line("ok", f"{len(rows)} runs: {', '.join(f'{len(names)} {state}' for state, names in states.items())}")
+    for state in ("failed", "interrupted", "unreadable"):
+        if names := states.get(state):
+            yield Line("note", f"{state}: {', '.join(names)}", f"dynamoe-lab show {names[0]} says why, and the command that runs it again")
+
+
 def _writable(folder: Path) -> bool:
     import tempfile
 
@@ -179,8 +218,10 @@ def _git() -> Iterator[Line]:
         yield Line("note", "this folder is no git checkout with a commit: records will not name one")
 
 
-def exit_code(lines: list[Line], say: Callable[[str], None] = print) -> int:
-    """Print the lines with their remedies; 1 if one of them is bad, else 0."""
-    for line in lines:
+def exit_code(lines: list[Line], say: Callable[[str], None] = print, *, as_json: bool = False) -> int:
+    """Print the lines with their remedies, or all as JSON; 1 if one of them is bad, else 0."""
+    if as_json:
+        say(json.dumps([line._asdict() for line in lines], indent=1))
+    for line in lines if not as_json else ():
         say(f"{line.kind:<5} {line.text}" + (f"\n      -> {line.remedy}" if line.remedy else ""))
     return int(any(line.kind == "bad" for line in lines))

@@ -1,4 +1,4 @@
-"""What a result depends on besides its inputs: code, commit, package versions, platform; and how much memory it took.
+"""What a result depends on besides its inputs: code, commit, package versions, platform, threads.
 
 Nothing here names a user, a host or a folder. Versions are read from package metadata, so no package is imported to be asked.
 """
@@ -21,9 +21,10 @@ __all__ = [
     "cpu_name",
     "git_state",
     "package_root",
-    "peak_memory",
     "platform_name",
+    "room_digests",
     "seed_generators",
+    "torch_threads",
     "usable_cores",
     "versions",
 ]
@@ -64,14 +65,31 @@ def package_root() -> Path:
 @cache
 def code_digest(without: tuple[str, ...] = ()) -> str:
     """One digest of the package's sources, as they were when first asked for; files and folders named in `without` left aside."""
-    root, digest = package_root(), xxhash.xxh3_128()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if not any(name.is_relative_to(left) for left in without):
-            content = path.read_bytes()
-            digest.update(f"{name.as_posix()}:{len(content)}:".encode())
-            digest.update(content)
+    digest = xxhash.xxh3_128()
+    for name, content in _sources(without):
+        _feed(digest, name, content)
     return digest.hexdigest()
+
+
+@cache
+def room_digests(without: tuple[str, ...] = ()) -> dict[str, str]:
+    """The same by room, to say later which rooms changed: `{"config": "3f1c...", "models": ...}`, 16 digits each."""
+    rooms: dict[str, xxhash.xxh3_64] = {}
+    for name, content in _sources(without):
+        _feed(rooms.setdefault(name.parts[0].removesuffix(".py"), xxhash.xxh3_64()), name, content)
+    return {room: digest.hexdigest() for room, digest in sorted(rooms.items())}
+
+
+@cache
+def _sources(without: tuple[str, ...]) -> list[tuple[Path, bytes]]:
+    root = package_root()
+    named = [(path.relative_to(root), path) for path in sorted(root.rglob("*.py"))]
+    return [(name, path.read_bytes()) for name, path in named if not any(name.is_relative_to(left) for left in without)]
+
+
+def _feed(digest: xxhash.xxh3_128 | xxhash.xxh3_64, name: Path, content: bytes) -> None:
+    digest.update(f"{name.as_posix()}:{len(content)}:".encode())
+    digest.update(content)
 
 
 def versions() -> dict[str, str]:
@@ -136,19 +154,7 @@ def seed_generators(seed: int, threads: int | None = None) -> None:
             torch.set_num_threads(threads)
 
 
-def peak_memory() -> int | None:
-    """Largest resident memory of this program so far, in bytes; None where the system does not say.
-
-    Linux tells it in /proc; its `getrusage` also counts what the parent held when it started this process.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def torch_threads() -> int | None:
+    """Threads that torch computes with now; None where torch was not imported, which is not done for it."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch else None

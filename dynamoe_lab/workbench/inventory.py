@@ -1,120 +1,134 @@
-"""`dynamoe-lab ls` and `show`: what was run, what is kept, and what one run found, as plain text. Reads records; computes nothing."""
+"""`dynamoe-lab ls` and `ls --steps`: what was run and what is kept, how it stands and why. Reads records; computes nothing.
+
+Every list is rows first (`run_rows`, `step_rows`: plain values, for `--json`), then text in columns that fit 100 characters.
+"""
 
 import contextlib
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
+from dynamoe_lab.workbench.cache import Entry, size_on_disk, survey
 from dynamoe_lab.workbench.files import read_json, without_paths
-from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.notebooks import notebook_number
 from dynamoe_lab.workbench.parameters import whole_number
-from dynamoe_lab.workbench.records import RECORD_NAME, Record, effective_status, load_record
-from dynamoe_lab.workbench.report import duration, memory, number_text
+from dynamoe_lab.workbench.provenance import changed_rooms
+from dynamoe_lab.workbench.records import RECORD_NAME, load_record
+from dynamoe_lab.workbench.report import duration, memory
+from dynamoe_lab.workbench.stale import other_since, standing
 
-__all__ = ["find_run", "list_runs", "list_steps", "show_run", "table_text"]
+__all__ = ["WIDTH", "age_text", "find_run", "list_runs", "list_steps", "run_rows", "step_rows", "table_text"]
+
+WIDTH = 100  # characters of a line
 
 
-def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> str:
-    """Columns of text under their names, those named in `right` aligned to the right; no line ends in spaces."""
+def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), width: int | None = None) -> str:
+    """Columns of text under their names, those named in `right` aligned to the right; no line ends in spaces.
+
+    `width`: the longest line; what the last column has beyond it is left out and says so with dots.
+    """
     widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
     sides = [str.rjust if name in right else str.ljust for name in header]
     lines = ["  ".join(side(text, width) for side, text, width in zip(sides, row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join(line.rstrip() for line in lines)
+    lines = [line.rstrip() for line in lines]
+    return "\n".join(line if width is None or len(line) <= width else f"{line[: width - 3].rstrip()}..." for line in lines)
 
 
-def _age(seconds: float) -> str:
+def age_text(seconds: float | None) -> str:
+    """How long ago: 40 s, 5 min, 3 h, 12 d."""
+    if seconds is None:
+        return ""
     for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= unit:
             return f"{int(seconds // unit)} {name}"
     return f"{int(max(seconds, 0))} s"
 
 
-def _size(place: Path) -> int:
-    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+# --- runs --------------------------------------------------------------------------------------------------------------------------
 
 
-# --- ls ----------------------------------------------------------------------------------------------------------------------------
+def run_rows(reports: Path, root: Path) -> list[dict[str, Any]]:
+    """The runs and sweeps below `reports`, in order: run (`quick/04_router_confusion`), state (ok, stale, failed, interrupted, running,
+    unreadable), why (list), finished (ISO 8601, UTC), age, seconds, peak_memory_bytes, bytes on disk.
 
-
-def list_runs(reports: Path, notebooks: Path) -> str:
-    """A table of the runs and sweeps below `reports`; stale: made by other code than today's package or notebook.
-
-    Raises `InputError` if there is none.
+    Args:
+        root: of the project, whose code, notebooks and profiles are today's.
     """
-    rows = [*_run_rows(reports, notebooks), *_sweep_rows(reports)]
-    if not rows:
-        shown = without_paths(str(reports), reports.parent).removeprefix("./")
-        raise InputError(f"no runs below {shown}; make some with: dynamoe-lab run --profile quick")
-    return table_text(("report", "notebook", "status", "finished (UTC)", "time", "size", "stale"), rows, right=("time", "size"))
+    rows = [_run_row(place.parent, root) for place in sorted(reports.glob(f"*/*/{RECORD_NAME}"))]
+    return rows + [_sweep_row(place) for place in sorted(reports.glob("*/*/sweep.json"))]
 
 
-def _run_rows(reports: Path, notebooks: Path) -> Iterator[tuple[str, ...]]:
-    code = environment.code_digest()
-    for place in sorted(reports.glob(f"*/*/{RECORD_NAME}")):
-        folder = place.parent
-        report, size = folder.parent.name, memory(_size(folder))
-        try:
-            record = load_record(folder)
-        except InputError:
-            yield (report, folder.name, "unreadable", "", "", size, "")
-            continue
-        run = record.run
-        stale = effective_status(record, code=code, source=_source(notebooks / f"{run.name}.ipynb")) == "stale"
-        when = run.finished[:16].replace("T", " ")
-        yield (report, run.name, effective_status(record), when, duration(run.seconds), size, "stale" if stale else "")
+def _row(folder: Path, **values: Any) -> dict[str, Any]:
+    empty = {"state": "unreadable", "why": [], "finished": "", "age": None, "seconds": None, "peak_memory_bytes": None}
+    return {"run": f"{folder.parent.name}/{folder.name}", **empty, "bytes": size_on_disk(folder), **values}
 
 
-def _source(notebook: Path) -> str | None:
-    """The hash that a record keeps of its notebook's code cells; None if the notebook is not here."""
+def _run_row(folder: Path, root: Path) -> dict[str, Any]:
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        return fingerprint(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
-    except (OSError, ValueError, KeyError, TypeError):
+        record = load_record(folder)
+    except InputError:
+        return _row(folder, why=["record.json is no record; run the notebook again"])
+    run = record.run
+    state, reasons = standing(record, folder, root)
+    when = run.finished or run.started
+    return _row(
+        folder,
+        state=state,
+        why=reasons + other_since(record),
+        finished=run.finished,
+        age=_seconds_since(when),
+        seconds=run.seconds,
+        peak_memory_bytes=run.peak_memory_bytes,
+    )
+
+
+def _sweep_row(place: Path) -> dict[str, Any]:
+    try:
+        content = read_json(place)
+        cells, env = content["cells"], content["env"]
+        bad = sum(cell["status"] != "ok" for cell in cells)
+        seconds, when = sum(cell["seconds"] for cell in cells), content["finished"]
+        state, why = ("failed", [f"{bad} of {len(cells)} cells failed"]) if bad else ("ok", [])
+        if env["code"] != environment.code_digest():
+            rooms = changed_rooms(env.get("rooms", {}), environment.room_digests())
+            state = "failed" if bad else "stale"
+            why.append(f"code of {', '.join(rooms)} changed" if rooms else "code changed")
+    except (InputError, KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        return _row(place.parent, why=["sweep.json is no record; run the sweep again"])
+    return _row(place.parent, state=state, why=why, finished=when, age=_seconds_since(when), seconds=seconds)
+
+
+def _seconds_since(when: str) -> float | None:
+    try:
+        return max((datetime.now(UTC) - datetime.fromisoformat(when)).total_seconds(), 0.0)
+    except (ValueError, TypeError):
         return None
 
 
-def _sweep_rows(reports: Path) -> Iterator[tuple[str, ...]]:
-    code = environment.code_digest()
-    for place in sorted(reports.glob("*/*/sweep.json")):
-        size = memory(_size(place.parent))
-        try:
-            content = read_json(place)
-            bad = sum(cell["status"] != "ok" for cell in content["cells"])
-            status = f"{bad} of {len(content['cells'])} failed" if bad else "ok"
-            seconds = duration(sum(cell["seconds"] for cell in content["cells"]))
-            when, stale = content["finished"][:16].replace("T", " "), content["env"]["code"] != code
-        except (InputError, KeyError, TypeError, AttributeError, ValueError, OverflowError):
-            status, seconds, when, stale = "unreadable", "", "", False
-        yield (place.parent.parent.name, place.parent.name, status, when, seconds, size, "stale" if stale else "")
-
-
-def list_steps(home: Path) -> str:
-    """A table of the cached steps, newest first, and what they take; stale: computed by other code. `InputError` if there is none."""
-    code, rows, total = environment.code_digest(environment.ROOMS_WITHOUT_RESULTS), [], 0
-    places = sorted((home / "steps").glob("*/step.json"), key=lambda place: -place.stat().st_mtime)
-    for place in places:
-        size = _size(place.parent)
-        total += size
-        age = _age(time.time() - place.stat().st_mtime)
-        try:
-            step = read_json(place)
-            name, seconds, stale = step["function"].rpartition(".")[2], duration(step["seconds"]), step["code"] != code
-        except (InputError, KeyError, TypeError, AttributeError, ValueError, OverflowError):
-            name, seconds, stale = "unreadable", "", False
-        rows.append((place.parent.name.rpartition("-")[2], name, memory(size), age, seconds, "stale" if stale else ""))
+def list_runs(reports: Path, root: Path) -> str:
+    """A table of `run_rows`. Raises `InputError` if there is none."""
+    rows = run_rows(reports, root)
     if not rows:
-        raise InputError(f"no steps in {without_paths(str(home))}; a run makes some")
-    table = table_text(("key", "function", "size", "age", "computed in", "stale"), rows, right=("size", "age", "computed in"))
-    folder = without_paths(str(home / "steps"))
-    return f"{table}\n{len(rows)} steps, {memory(total)} in {folder}; a step that is removed is computed again when it is needed"
-
-
-# --- show --------------------------------------------------------------------------------------------------------------------------
+        shown = without_paths(str(reports), reports.parent).removeprefix("./")
+        raise InputError(f"no runs below {shown}; make some with: dynamoe-lab run --profile quick")
+    lines = [
+        (
+            row["run"],
+            row["state"],
+            age_text(row["age"]),
+            duration(row["seconds"]),
+            memory(row["peak_memory_bytes"]),
+            memory(row["bytes"]),
+            "; ".join(row["why"]),
+        )
+        for row in rows
+    ]
+    right = ("age", "time", "memory", "disk")
+    return table_text(("run", "state", "age", "time", "memory", "disk", "why"), lines, right=right, width=WIDTH)
 
 
 def find_run(name: str, reports: Path) -> Path:
@@ -139,43 +153,40 @@ def find_run(name: str, reports: Path) -> Path:
     raise InputError(f"no run {name!r}; " + (f"there is {names}" if names else "make some with: dynamoe-lab run --profile quick"))
 
 
-def show_run(folder: Path) -> str:
-    """A record for reading: status, command, error, findings, numbers with intervals, files and steps. `InputError` if it is unreadable."""
-    record = load_record(folder)
-    run, results = record.run, record.results
-    parts = [f"{run.name}  {effective_status(record)}" + (f"  {run.title}" if run.title else "")]
-    facts = [("question", run.question), ("profile", run.profile), ("command", run.command)]
-    facts += [("finished", run.finished), ("time", duration(run.seconds)), ("peak memory", memory(run.peak_memory_bytes))]
-    facts += [("model", record.env.model), ("commit", record.env.commit[:12] + (" with uncommitted changes" if record.env.dirty else ""))]
-    parts.append("\n".join(f"{label:<12} {text}" for label, text in facts if text))
-    if run.error is not None:
-        place = f" in cell {run.error.cell}" + (f" ({run.error.heading})" if run.error.heading else "") if run.error.cell else ""
-        parts.append("\n".join([f"{run.error.type}{place}: {run.error.message}", *run.error.traceback]))
-    if results.findings:
-        lines = [f"{'*' if finding.headline else '-'} {finding.sentence} [{finding.source}]" for finding in results.findings]
-        parts.append("\n".join(["findings", *lines]))
-    parts += [text for text in (_numbers(record), _files(record), _steps(record)) if text]
-    return "\n\n".join(parts)
+# --- steps -------------------------------------------------------------------------------------------------------------------------
 
 
-def _numbers(record: Record) -> str:
-    rows: list[tuple[str, ...]] = []
-    for scalar in record.results.scalars:
-        interval = "" if scalar.low is None or scalar.high is None else f"[{number_text(scalar.low)}, {number_text(scalar.high)}]"
-        rows.append((scalar.name, f"{number_text(scalar.value)} {scalar.unit}".rstrip(), interval, number_text(scalar.n)))
-    return table_text(("number", "value", "interval", "n"), rows, right=("value", "interval", "n")) if rows else ""
+def step_rows(home: Path, reports: Path) -> list[Entry]:
+    """The cached steps, the last used first; damaged ones among them."""
+    return sorted((entry for entry in survey(home, reports) if entry.kind in ("step", "damaged")), key=lambda entry: -entry.used)
 
 
-def _files(record: Record) -> str:
-    kinds: list[tuple[str, list[Any]]] = [("figure", record.results.figures), ("table", record.results.tables)]
-    kinds.append(("text", record.results.fragments))
-    rows = [(kind, artifact.stem, artifact.caption) for kind, artifacts in kinds for artifact in artifacts]
-    return table_text(("kind", "stem", "caption"), rows) if rows else ""
-
-
-def _steps(record: Record) -> str:
-    how = {True: "read from the cache", False: "computed"}
+def list_steps(home: Path, reports: Path) -> str:
+    """A table of the cached steps and what they take; stale: computed by other code. `InputError` if there is none."""
+    entries, now = step_rows(home, reports), time.time()
+    if not entries:
+        raise InputError(f"no steps in {without_paths(str(home))}; a run makes some")
     rows = [
-        (use.function, use.key[:16], duration(use.seconds), how[use.cached], "stale" if use.stale else "") for use in record.results.steps
+        (
+            entry.name.partition(".corrupt-")[0].rpartition("-")[2],
+            entry.function,
+            memory(entry.bytes),
+            age_text(now - entry.made),
+            age_text(now - entry.used),
+            duration(entry.seconds),
+            "damaged" if entry.kind == "damaged" else "stale" if entry.stale else "ok",
+            "; ".join([*([", ".join(entry.rooms)] if entry.rooms else []), _users(entry), *([entry.held] if entry.held else [])]),
+        )
+        for entry in entries
     ]
-    return table_text(("step", "key", "computed in", "this run", "stale"), rows, right=("computed in",)) if rows else ""
+    header = ("key", "function", "disk", "age", "used", "took", "state", "other code; used by")
+    table = table_text(header, rows, right=("disk", "age", "used", "took"), width=WIDTH)
+    total, folder = memory(sum(entry.bytes for entry in entries)), without_paths(str(home / "steps"))
+    return f"{table}\n{len(rows)} steps, {total} in {folder}; a step that is removed is computed again when it is needed"
+
+
+def _users(entry: Entry) -> str:
+    if not entry.users:
+        return "no report here"
+    first, *others = entry.users
+    return f"{first}{f' and {len(others)} more' if others else ''}"

@@ -20,6 +20,7 @@ from papermill.exceptions import PapermillExecutionError, strip_color
 
 from dynamoe_lab.workbench.environment import package_root
 from dynamoe_lab.workbench.records import RunError
+from dynamoe_lab.workbench.runlog import RunLog
 from dynamoe_lab.workbench.session import RUNNER_VARIABLE
 from dynamoe_lab.workbench.steps import RECOMPUTE_VARIABLE
 
@@ -57,10 +58,10 @@ def _cells(nb: Any) -> dict[int, _Cell]:
 
 
 class Heartbeat:
-    """Prints where a notebook is, at every cell and every `every` seconds; a context manager around the run."""
+    """Prints where a notebook is, at every cell and every `every` seconds; a context manager around the run. `log` keeps all it hears."""
 
-    def __init__(self, name: str, *, every: float = 15.0, stream: TextIO | None = None):
-        self.name, self.every, self.stream = name, every, stream or sys.stdout
+    def __init__(self, name: str, *, every: float = 15.0, stream: TextIO | None = None, log: RunLog | None = None):
+        self.name, self.every, self.stream, self.log = name, every, stream or sys.stdout, log
         self.cell: _Cell | None = None
         self._cells: dict[int, _Cell] = {}
         self._last, self._clock = "", time.monotonic()
@@ -88,6 +89,9 @@ class Heartbeat:
 
     def heard(self, text: str) -> None:
         """The running cell printed `text`."""
+        if self.log is not None:
+            with self._lock:
+                self.log.heard(text)
         lines = [line.strip() for line in re.split(r"[\r\n]+", strip_color(text)) if line.strip()]
         if lines:
             with self._lock:
@@ -103,7 +107,11 @@ class Heartbeat:
             total = max(other.number for other in self._cells.values())
             words = [self.name, f"cell {cell.number}/{total}", cell.heading]
         words += [seconds_text(time.monotonic() - self._clock), f"| {last[:100]}" if last else ""]
-        print("  ".join(word for word in words if word), file=self.stream, flush=True)
+        line = "  ".join(word for word in words if word)
+        print(line, file=self.stream, flush=True)
+        if self.log is not None:
+            with self._lock:
+                self.log.line(line)
 
     def _beat(self) -> None:
         while not self._stop.wait(self.every):
@@ -196,9 +204,17 @@ def kernel_environment(name: str, *, recompute: bool = False) -> dict[str, str]:
 
 
 def execute(
-    nb: Any, saved: Path, *, name: str, parameters: dict[str, Any], cwd: Path, every: float = 15.0, recompute: bool = False
+    nb: Any,
+    saved: Path,
+    *,
+    name: str,
+    parameters: dict[str, Any],
+    cwd: Path,
+    every: float = 15.0,
+    recompute: bool = False,
+    log: RunLog | None = None,
 ) -> RunError | None:
-    """Run a notebook in a fresh kernel and save it, with what it printed, to `saved` as it goes.
+    """Run a notebook in a fresh kernel and save it, with what it printed, to `saved` as it goes; `log` hears all of it.
 
     Returns None if every cell ran, else what went wrong and where. KeyboardInterrupt shuts the kernel down and goes on up.
     """
@@ -208,7 +224,7 @@ def execute(
     papermill_engines.register(_ENGINE, HeartbeatEngine)
     for logger in ("papermill", "traitlets"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)  # what they would say, we say
-    heartbeat = Heartbeat(name, every=every)
+    heartbeat = Heartbeat(name, every=every, log=log)
     try:
         with heartbeat:
             papermill.execute_notebook(

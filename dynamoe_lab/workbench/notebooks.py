@@ -20,8 +20,10 @@ from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.files import locked, require_writable, told_when_full, without_paths, write_atomic
 from dynamoe_lab.workbench.fingerprint import fingerprint
+from dynamoe_lab.workbench.inputs import named_files
 from dynamoe_lab.workbench.parameters import Parameter, read_parameters, split_given, unknown_parameter, whole_number
 from dynamoe_lab.workbench.records import Record, RunError, RunInfo, StoredFile, load_record, missing_files, now, process_identity
+from dynamoe_lab.workbench.runlog import RunLog
 from dynamoe_lab.workbench.session import run_command
 
 __all__ = ["Job", "discover", "notebook_number", "prepare", "report_folder", "run_notebook", "run_notebooks", "select"]
@@ -40,6 +42,7 @@ class Job:
     values: dict[str, Any]  # what papermill injects
     own: dict[str, Any]  # those of them that only this notebook has
     config: dict[str, Any]  # the resolved experiment
+    inputs: dict[str, str]  # local files and folders that it names -> their digest
     profile: str
     command: str
     source: str  # hash of the code cells
@@ -113,10 +116,12 @@ def prepare(paths: Sequence[Path], *, profile: str = "quick", given: Sequence[st
             values["sweep"], swept = _swept(str(values.get("sweep", parameters["sweep"].default)), root)
         config = asdict(experiment)
         source = fingerprint([cell.source for cell in nb.cells if cell.cell_type == "code"])
-        key = fingerprint([source, {k: v for k, v in values.items() if k != "output"}, config, swept, environment.code_digest()])
+        inputs = named_files(config, {parameter: values.get(parameter, item.default) for parameter, item in parameters.items()}, root)
+        asked = {k: v for k, v in values.items() if k != "output"}
+        key = fingerprint([source, asked, config, swept, environment.code_digest(), *([inputs] if inputs else [])])
         pairs = [pair for pair in given if pair not in unknown]
         command = run_command(name, profile, pairs, report, root)
-        jobs.append(Job(name, nb, report / name, root, values, own, config, profile, command, source, key))
+        jobs.append(Job(name, nb, report / name, root, values, own, config, inputs, profile, command, source, key))
     for pair in given:
         if pair in unread:
             everyone = {parameter for _, _, parameters in notebooks for parameter in parameters}
@@ -194,7 +199,7 @@ def run_notebook(job: Job, *, force: bool = False, recompute: bool = False, ever
     if not force and _up_to_date(job):
         print(f"{job.name}  {UP_TO_DATE}", flush=True)
         return UP_TO_DATE
-    from dynamoe_lab.workbench.kernel import execute, seconds_text
+    from dynamoe_lab.workbench.kernel import execute
 
     began, clock = now(), time.perf_counter()
     with told_when_full(job.folder, "free some, or choose another --output"):
@@ -204,25 +209,41 @@ def run_notebook(job: Job, *, force: bool = False, recompute: bool = False, ever
         Record(run=info).write(job.folder)
         saved = job.folder / ".running.ipynb"
         error, interrupted = None, False
-        try:
-            error = execute(job.nb, saved, name=job.name, parameters=job.values, cwd=job.root, every=every, recompute=recompute)
-        except KeyboardInterrupt:
-            interrupted = True
-        record = _close(job, saved, error, interrupted, began, time.perf_counter() - clock)
+        with RunLog(job.folder, job.root) as log:
+            log.line(job.command)
+            try:
+                error = execute(
+                    job.nb, saved, name=job.name, parameters=job.values, cwd=job.root, every=every, recompute=recompute, log=log
+                )
+            except KeyboardInterrupt:
+                interrupted = True
+            record = _close(job, saved, error, interrupted, began, time.perf_counter() - clock)
+            log.line("\n".join(_ending(record)))
     if interrupted:
         raise KeyboardInterrupt
     error = record.run.error
     if error is None:
-        print(f"{job.name}  {OK}  {seconds_text(record.run.seconds)}", flush=True)
+        print(_ending(record)[0], flush=True)
         return OK
     if error.type == "InputError":
         told = InputError(f"{job.name}: {error.message}")
         told.add_note("\n".join(["Traceback (most recent call last, in the notebook):", *error.traceback]))
         raise told
-    place = f" in cell {error.cell}" + (f" ({error.heading})" if error.heading else "") if error.cell else ""
-    print(f"{job.name}  {FAILED}{place}: {error.type}: {error.message}", flush=True)
-    print("\n".join(f"    {line}" for line in error.traceback), file=sys.stderr, flush=True)
+    told, *lines = _ending(record)
+    print(told, flush=True)
+    print("\n".join(lines), file=sys.stderr, flush=True)
     return FAILED
+
+
+def _ending(record: Record) -> list[str]:
+    """How a run ended: one line, and those of the traceback."""
+    from dynamoe_lab.workbench.kernel import seconds_text
+
+    run, error = record.run, record.run.error
+    if error is None:
+        return [f"{run.name}  {run.status}  {seconds_text(run.seconds or 0)}"]
+    place = f" in cell {error.cell}" + (f" ({error.heading})" if error.heading else "") if error.cell else ""
+    return [f"{run.name}  {FAILED}{place}: {error.type}: {error.message}", *(f"    {line}" for line in error.traceback)]
 
 
 def _up_to_date(job: Job) -> bool:
@@ -245,6 +266,7 @@ def _close(job: Job, saved: Path, error: RunError | None, interrupted: bool, beg
     run.title, run.question = introduction(job.nb)
     run.command, run.config = job.command, without_paths(json.loads(json.dumps(job.config)), job.root)
     run.parameters, run.overrides = without_paths([job.own, job.values["overrides"]], job.root)
+    run.inputs = without_paths(job.inputs, job.root)
     run.status = "interrupted" if interrupted else OK if error is None else FAILED
     run.error = RunError(**without_paths(asdict(error), job.root)) if error is not None else None
     run.started, run.finished, run.seconds = began, now(), round(seconds, 3)

@@ -31,6 +31,7 @@ __all__ = [
     "load_records",
     "missing_files",
     "now",
+    "process_alive",
     "process_identity",
 ]
 
@@ -70,6 +71,7 @@ class RunInfo:
     peak_memory_bytes: int | None = None
     pid: int | None = None
     process_started: float | None = None  # with the pid it names the process: pids are used again
+    inputs: dict[str, str] = field(default_factory=dict)  # local files and folders that the experiment names -> their digest
     key: str = ""  # hash of notebook code, parameters, experiment and package code; set by the runner
     source: str = ""  # hash of the notebook's code cells alone
 
@@ -107,6 +109,7 @@ class Artifact:
     stem: str
     caption: str
     files: list[StoredFile] = field(default_factory=list)
+    exact: str = ""  # fingerprint of the frame at full precision, without its measured times: the csv has six digits
 
 
 @dataclass
@@ -127,6 +130,12 @@ class StepUse:
     cached: bool
     seconds: float  # of the computation, also when it was read
     stale: bool = False  # made by other code than that of the run
+    stale_rooms: list[str] = field(default_factory=list)  # whose code is other; empty also where the step does not say
+    peak_memory_bytes: int | None = None  # of the process while it computed this step
+    memory_before_bytes: int | None = None
+    times: bool = False  # it measures times, so its result differs from run to run
+    unlike: dict[str, str] = field(default_factory=dict)  # what it was computed with where the run has other: {"threads": "1"}
+    digests: dict[str, str] = field(default_factory=dict)  # xxh3_128 of its weights, and of results that hold no time
 
 
 @dataclass
@@ -149,14 +158,17 @@ class Environment:
     commit: str = ""
     dirty: bool = False
     code: str = ""  # digest of the package's sources
+    rooms: dict[str, str] = field(default_factory=dict)  # the same by room, e.g. models, training
     python: str = ""
     platform: str = ""
+    cpu: str = ""
     threads: int | None = None
     packages: dict[str, str] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
     model: str = ""
     data: dict[str, str] = field(default_factory=dict)  # what was read for what
     fingerprints: dict[str, str] = field(default_factory=dict)  # of the blocks and models that steps were given; " | " between a sweep's
+    unrepeatable: list[str] = field(default_factory=list)  # why other digits may come out with the same seed, threads and versions
 
 
 @dataclass
@@ -267,13 +279,14 @@ def effective_status(record: Record, *, code: str | None = None, source: str | N
     """
     run = record.run
     if run.status == "running":
-        return "running" if _alive(run.pid, run.process_started) else "interrupted"
+        return "running" if process_alive(run.pid, run.process_started) else "interrupted"
     if run.status == "ok" and ((code and record.env.code and code != record.env.code) or (source and run.source and source != run.source)):
         return "stale"
     return run.status if run.status in get_args(Status) else "failed"
 
 
-def _alive(pid: int | None, started: float | None) -> bool:
+def process_alive(pid: int | None, started: float | None) -> bool:
+    """Whether the process with this id that began at `started` (seconds since 1970; None: whichever has the id) still runs."""
     import psutil
 
     if pid is None or pid <= 0:

@@ -9,7 +9,6 @@ The record is written after every call, so a run that dies shows what it had; wi
 """
 
 import os
-import platform
 import re
 import shlex
 import sys
@@ -24,19 +23,20 @@ from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.drawn import figure_files, frame_csv
 from dynamoe_lab.workbench.files import told_when_full, without_paths, write_atomic
+from dynamoe_lab.workbench.memory import peak_memory
+from dynamoe_lab.workbench.provenance import record_environment, step_use, why_unrepeatable
 from dynamoe_lab.workbench.records import (
     Artifact,
-    Environment,
     Finding,
     Record,
     RunInfo,
     Scalar,
-    StepUse,
     StoredFile,
     missing_files,
     now,
     process_identity,
 )
+from dynamoe_lab.workbench.repeatable import exact_digest
 from dynamoe_lab.workbench.steps import recorded_inputs, run_step
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Run:
             pid=pid,
             process_started=process_started,
         )
-        self.record = Record(run=info, env=self._environment())
+        self.record = Record(run=info, env=record_environment(experiment, root))
         folder.mkdir(parents=True, exist_ok=True)
         self._write()
 
@@ -152,7 +152,7 @@ class Run:
 
         self._seed()  # a step's result must not depend on which steps were computed, not read, before it
         done = run_step(function, args, kwargs, home=home())
-        self.record.results.steps.append(StepUse(function.__name__, done.key, done.cached, done.seconds, done.stale))
+        self.record.results.steps.append(step_use(function, done))
         self.record.env.fingerprints |= recorded_inputs(function, done)
         self._write()
         return done.value
@@ -238,12 +238,12 @@ class Run:
         """
         self._check(stem, caption)
         contents = {f"{stem}.csv": frame_csv(data, stem), **figure_files(ax, stem)}
-        self._store(self.record.results.figures, stem, caption, contents)
+        self._store(self.record.results.figures, stem, caption, contents, data)
 
     def table(self, frame: "pd.DataFrame", stem: str, *, caption: str) -> None:
         """Write a frame as `<stem>.csv` (<= 1 MB); the report shows it as a table. Raises `InputError` as `figure` does."""
         self._check(stem, caption)
-        self._store(self.record.results.tables, stem, caption, {f"{stem}.csv": frame_csv(frame, stem)})
+        self._store(self.record.results.tables, stem, caption, {f"{stem}.csv": frame_csv(frame, stem)}, frame)
 
     def result(
         self, name: str, value: float, *, n: int | None = None, low: float | None = None, high: float | None = None, unit: str = ""
@@ -289,7 +289,10 @@ class Run:
         run, results = self.record.run, self.record.results
         run.status, run.finished = "ok", now()
         run.seconds = round(time.perf_counter() - self._clock, 3)
-        self.record.env = self._environment(self.record.env.fingerprints)  # torch may have come since the start
+        self.record.env = record_environment(
+            self.experiment, self._root, self.record.env.fingerprints
+        )  # torch may have come since the start
+        self.record.env.unrepeatable = why_unrepeatable(self.record, self.experiment)
         self._write()
         counts = {
             "figure": results.figures,
@@ -316,45 +319,24 @@ class Run:
         if os.environ.get(RUNNER_VARIABLE) or not _interactive():
             raise InputError(f"{self.name}: {what} is used twice in this run; give each its own name")
 
-    def _store(self, shelf: list[Artifact], stem: str, caption: str, contents: dict[str, bytes]) -> None:
+    def _store(
+        self, shelf: list[Artifact], stem: str, caption: str, contents: dict[str, bytes], frame: "pd.DataFrame | None" = None
+    ) -> None:
         with told_when_full(self.folder, "free some, or choose another output"):
             for name, content in contents.items():
                 write_atomic(self.folder / name, content)
             for other in (self.record.results.figures, self.record.results.tables, self.record.results.fragments):
                 other[:] = [artifact for artifact in other if artifact.stem != stem]
-            shelf.append(Artifact(stem, " ".join(caption.split()), [StoredFile.of(self.folder / name) for name in contents]))
+            files = [StoredFile.of(self.folder / name) for name in contents]
+            shelf.append(Artifact(stem, " ".join(caption.split()), files, "" if frame is None else exact_digest(frame, stem)))
             self._write()
 
     def _write(self) -> None:
-        self.record.run.peak_memory_bytes = environment.peak_memory()
+        self.record.run.peak_memory_bytes = peak_memory()
         self.record.write(self.folder)
 
     def _seed(self) -> None:
         environment.seed_generators(self.experiment.seed, self.experiment.threads)
-
-    def _environment(self, fingerprints: dict[str, str] | None = None) -> Environment:
-        from dynamoe_lab.config import METHODS
-
-        experiment = self.experiment
-        commit, dirty = environment.git_state(self._root)
-        torch = sys.modules.get("torch")
-        data, seeds = asdict(experiment.data), {"experiment": experiment.seed}
-        for section in (section for sections in METHODS.values() for section in sections):
-            values = {name: value for name, value in asdict(getattr(experiment, section)).items() if name.endswith("seed")}
-            seeds |= {section if name == "seed" else name: value for name, value in values.items()}
-        return Environment(
-            commit=commit,
-            dirty=dirty,
-            code=environment.code_digest(),
-            python=platform.python_version(),
-            platform=environment.platform_name(),
-            threads=torch.get_num_threads() if torch else experiment.threads,
-            packages=environment.versions(),
-            seeds=seeds,
-            model=Path(experiment.model).name if Path(experiment.model).is_absolute() else experiment.model,
-            data=without_paths({name: value for name, value in data.items() if isinstance(value, str)}, self._root),
-            fingerprints=fingerprints or {},
-        )
 
 
 def _interactive() -> bool:

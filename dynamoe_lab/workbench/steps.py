@@ -24,12 +24,16 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.files import locked, read_json, told_when_full, write_json
 from dynamoe_lab.workbench.fingerprint import describe, fingerprint, is_module
+from dynamoe_lab.workbench.holds import hold_step
+from dynamoe_lab.workbench.memory import PeakMemory
+from dynamoe_lab.workbench.repeatable import exact_digest
 from dynamoe_lab.workbench.results import read_result, write_result
 
-__all__ = ["STEP_FORMAT", "StepResult", "find_step", "recorded_inputs", "run_step", "takes_output_dir"]
+__all__ = ["STEP_FORMAT", "STEP_VERSIONS", "StepResult", "find_step", "recorded_inputs", "run_step", "takes_output_dir"]
 
 RECOMPUTE_VARIABLE = "DYNAMOE_LAB_RECOMPUTE"  # set by `run --recompute` for the kernel: stale steps are computed again
 RECORDED = ("blocks", "calibration", "heldout", "model", "dense", "reference")  # parameters whose fingerprints a run's record keeps
+STEP_VERSIONS = ("torch", "transformers", "numpy", "pandas")  # packages that compute, recorded with a step
 STEP_FORMAT = 1  # part of every key: raise it when results of an older format can no longer be read
 
 
@@ -43,6 +47,7 @@ class StepResult(NamedTuple):
     stale: bool  # made by other code than today's
     seconds: float  # what the computation took when it was made
     inputs: dict[str, str]  # fingerprint of every argument that is in the key
+    made: dict[str, Any]  # step.json: when and on what it was computed, its memory, its files
 
 
 class _Corrupt(Exception):
@@ -94,6 +99,7 @@ def run_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any] 
                 step = _published_or_set_aside(folder, call.key)  # the process we waited for may have made it
                 if step is None or _unwanted(step, code):
                     step, cached = _compute(call, scratch, folder), False
+        hold_step(home, call.label)
         return _handed_out(call, folder, step, cached, code)
 
 
@@ -106,7 +112,10 @@ def find_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any]
         step = _published(folder, call.key)
     except _Corrupt:
         return None
-    return None if step is None or _unwanted(step, code) else _handed_out(call, folder, step, True, code)
+    if step is None or _unwanted(step, code):
+        return None
+    hold_step(home, call.label)
+    return _handed_out(call, folder, step, True, code)
 
 
 def recorded_inputs(function: Callable, done: StepResult) -> dict[str, str]:
@@ -118,7 +127,7 @@ def _handed_out(call: _Call, folder: Path, step: dict[str, Any], cached: bool, c
     value = read_result(folder, step["result"], device=_device(call.arguments))
     if takes_output_dir(call.function):
         value = (value, folder / "output")
-    return StepResult(value, folder, call.key, cached, step["code"] != code, step["seconds"], call.inputs)
+    return StepResult(value, folder, call.key, cached, step["code"] != code, step["seconds"], call.inputs, step)
 
 
 def _unwanted(step: dict[str, Any], code: str) -> bool:
@@ -233,7 +242,8 @@ def _compute(call: _Call, scratch: Path, folder: Path) -> dict[str, Any]:
         values = {key: copy.deepcopy(value) if is_module(value) else value for key, value in values.items()}
         values["output_dir"] = output
     try:
-        value = _call(function, values)
+        with PeakMemory() as peak:
+            value = _call(function, values)
         seconds = time.perf_counter() - clock
         if output is None:
             _warn_of_changes(function, arguments, inputs)
@@ -243,24 +253,33 @@ def _compute(call: _Call, scratch: Path, folder: Path) -> dict[str, Any]:
             "key": call.key,
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),
-            "peak_memory_bytes": environment.peak_memory(),
+            "peak_memory_bytes": peak.bytes,  # of the process while it computed this
+            "memory_before_bytes": peak.before,
+            "memory_measured": peak.how,
             "inputs": {
                 parameter: {"value": describe(given), "fingerprint": inputs.get(parameter, "not in the key")}
                 for parameter, given in arguments.items()
                 if parameter != "output_dir"
             },
             "code": environment.code_digest(environment.ROOMS_WITHOUT_RESULTS),
+            "rooms": environment.room_digests(environment.ROOMS_WITHOUT_RESULTS),
             "commit": environment.git_state(environment.package_root().parent)[0],
-            "versions": {k: v for k, v in environment.versions().items() if k in ("torch", "transformers", "numpy", "pandas")},
+            "threads": environment.torch_threads(),
+            "cpu": environment.cpu_name(),
+            "times": bool(getattr(function, "step_times", False)),  # what it returns are measured times
+            "versions": {k: v for k, v in environment.versions().items() if k in STEP_VERSIONS},
             "result": write_result(value, scratch, output=output),
             "digest": "xxh3_128",
         }
+        exact = "" if step["times"] else exact_digest(value)
     except BaseException as error:
         if isinstance(error, Exception) and (output is None or not any(output.iterdir())):  # nothing in it to go on with
             shutil.rmtree(scratch, ignore_errors=True)
         raise
     files = sorted(path for path in scratch.rglob("*") if path.is_file())
     step["files"] = {p.relative_to(scratch).as_posix(): {"bytes": p.stat().st_size, "xxh3_128": file_digest(p)} for p in files}
+    weights = {name: entry["xxh3_128"] for name, entry in step["files"].items() if name.endswith(".safetensors")}
+    step["digests"] = weights | ({"result": exact} if exact else {})  # what has to come out again, at full precision
     write_json(scratch / "step.json", step)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():  # a stale result, kept until the new one is whole

@@ -27,6 +27,7 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.cells import Cell, Inputs, run_cell
+from dynamoe_lab.workbench.provenance import step_use
 from dynamoe_lab.workbench.records import StepUse
 from dynamoe_lab.workbench.steps import find_step, recorded_inputs, run_step
 from dynamoe_lab.workbench.sweep_file import Plan, Sweep, load_sweep, settings_text
@@ -196,7 +197,7 @@ def _attempt(
                 raise _NotThere
         else:
             found = run_step(function, args, kwargs, home=home)
-        outcome.steps.append(StepUse(function.__name__, found.key, found.cached, found.seconds, found.stale))
+        outcome.steps.append(step_use(function, found))
         outcome.fingerprints |= recorded_inputs(function, found)
         return found.value
 

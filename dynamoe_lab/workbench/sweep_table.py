@@ -177,6 +177,7 @@ def write_sweep(result: "SweepResult", folder: Path, *, root: Path, command: lis
             "commit": commit,
             "dirty": dirty,
             "code": environment.code_digest(),
+            "rooms": environment.room_digests(),
             "platform": environment.platform_name(),
             "packages": environment.versions(),
         },

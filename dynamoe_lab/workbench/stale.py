@@ -1,0 +1,98 @@
+"""How a run stands today and why: what the runner would do again, and what has changed since that it would not."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench import environment
+from dynamoe_lab.workbench.files import without_paths
+from dynamoe_lab.workbench.fingerprint import fingerprint
+from dynamoe_lab.workbench.inputs import named_files
+from dynamoe_lab.workbench.provenance import changed_rooms, other_versions
+from dynamoe_lab.workbench.records import Record, effective_status, missing_files
+
+__all__ = ["other_since", "stale_because", "standing"]
+
+
+def standing(record: Record, folder: Path, root: Path) -> tuple[str, list[str]]:
+    """A run's state (ok, failed, interrupted, running, stale) and the reasons for it.
+
+    Args:
+        folder: of the run, whose files the record names.
+        root: of the project, whose notebooks and profiles are today's.
+    """
+    state = effective_status(record)
+    if state == "ok" and (reasons := stale_because(record, folder, root)):
+        return "stale", reasons
+    if state == "failed" and record.run.error is not None:
+        error = record.run.error
+        return state, [f"{error.type}{f' in cell {error.cell}' if error.cell else ''}: {(error.message.splitlines() or [''])[0]}"]
+    return state, []
+
+
+def stale_because(record: Record, folder: Path, root: Path) -> list[str]:
+    """Why the runner would run a good run again; empty: it is up to date."""
+    run, reasons = record.run, []
+    if record.env.code and record.env.code != environment.code_digest():
+        rooms = changed_rooms(record.env.rooms, environment.room_digests())
+        reasons.append(f"code of {', '.join(rooms)} changed" if rooms else "code changed")
+    source = _source(root / "notebooks" / f"{run.name}.ipynb")
+    if source and run.source and source != run.source:
+        reasons.append("notebook edited")
+    if run.key:  # the runner made it: it knows all that was asked
+        reasons += _other_fields(record)
+        files = without_paths(named_files(run.config, run.parameters, root), root)
+        reasons += [f"{name} {'changed' if name in files else 'is gone'}" for name, mark in run.inputs.items() if files.get(name) != mark]
+    if damaged := missing_files(record, folder):
+        reasons.append(f"{', '.join(damaged)} gone or changed")
+    return reasons
+
+
+def other_since(record: Record) -> list[str]:
+    """What differs here from what a run was made with, without making it stale: versions, threads, processor, steps of other code."""
+    found = [f"made with {text}" for text in other_versions(record.env.packages, environment.versions())]
+    if record.env.cpu and record.env.cpu != environment.cpu_name():
+        found.append(f"made on {record.env.cpu}, this is {environment.cpu_name()}")
+    steps: dict[str, list[str]] = {}
+    for use in record.results.steps:
+        if use.stale:
+            rooms = ", ".join(use.stale_rooms)
+            steps.setdefault(f"by other code ({rooms})" if rooms else "by other code", []).append(use.function)
+    return found + [f"{', '.join(dict.fromkeys(functions))} computed {how}" for how, functions in steps.items()]
+
+
+def _other_fields(record: Record) -> list[str]:
+    """Fields of the experiment that the profile gives another value today: `train.steps was 12, is 20`."""
+    from dynamoe_lab.config import load_experiment, profiles
+
+    run = record.run
+    try:
+        if run.profile not in profiles():  # a file of its own; what was in it stands in the record
+            return []
+        today = json.loads(json.dumps(asdict(load_experiment(run.profile, run.overrides))))
+    except (InputError, ValueError):
+        return ["its profile or overrides do not fit today's fields"]
+    return [
+        f"{name} was {then.get(name)}, is {value}"
+        for then, now in [(_flat(run.config), _flat(without_paths(today)))]
+        for name, value in now.items()
+        if then.get(name) != value
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _source(notebook: Path) -> str | None:
+    """The hash that a record keeps of its notebook's code cells; None if the notebook is not here."""
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        return fingerprint(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
