@@ -276,7 +276,18 @@ def test_readme_commands_are_accepted(monkeypatch):
     from typer.testing import CliRunner
 
     from dynamoe_lab.config import load_experiment
-    from dynamoe_lab.workbench import benchmarks, checkpoints, comparison, inventory, notebooks, report, sweep
+    from dynamoe_lab.workbench import (
+        benchmarks,
+        checking,
+        checkpoints,
+        comparison,
+        housekeeping,
+        inventory,
+        notebooks,
+        report,
+        showing,
+        sweep,
+    )
     from dynamoe_lab.workbench.cli import app
 
     calls = []
@@ -296,7 +307,11 @@ def test_readme_commands_are_accepted(monkeypatch):
     monkeypatch.setattr(comparison, "compare_scores", lambda *_, **__: calls.append("compare"))
     monkeypatch.setattr(inventory, "list_runs", lambda *_: calls.append("ls"))
     monkeypatch.setattr(inventory, "find_run", lambda *_: calls.append("show"))
-    monkeypatch.setattr(inventory, "show_run", lambda _: "")
+    monkeypatch.setattr(showing, "show_run", lambda *_: "")
+    monkeypatch.setattr(checking, "find_runs", lambda *_: [])
+    monkeypatch.setattr(checking, "check_runs", lambda *_, **__: calls.append("check") or True)
+    monkeypatch.setattr(housekeeping, "list_cache", lambda *_: calls.append("cache"))
+    monkeypatch.setattr(housekeeping, "free_cache", lambda *_, **__: calls.append("free") or 0)
     lines = re.findall(r"^\.venv/bin/dynamoe-lab ([^#\n]+)", README, re.M)
     assert len(lines) >= 10
     for line in lines:

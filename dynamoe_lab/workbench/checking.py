@@ -230,9 +230,12 @@ def _told(record: Record, compared: Sequence[Comparison]) -> str:
     """A line for everything compared, equal steps together, and the verdict."""
     shown = [entry for entry in compared if entry.kind != "step" or not entry.equal]
     rows = [("equal" if entry.equal else "differs", entry.kind, entry.name, entry.text) for entry in shown]
-    steps = [entry for entry in compared if entry.kind == "step" and entry.equal]
-    if steps:
-        rows.insert(0, ("equal", "steps", f"{len(steps)}", "; ".join(dict.fromkeys(f"{e.name}: {e.text}" for e in steps))))
+    alike: dict[str, list[str]] = {}
+    for entry in compared:
+        if entry.kind == "step" and entry.equal:
+            alike.setdefault(entry.text, []).append(entry.name)
+    for text, names in reversed(alike.items()):
+        rows.insert(0, ("equal", "steps", f"{len(names)}", f"{text}: {', '.join(dict.fromkeys(names))}"))
     reasons: dict[str, list[str]] = {}
     for entry in compared:
         for column, reason in entry.excepted.items():

@@ -44,7 +44,7 @@ def list_cache(home: Path, reports: Path) -> str:
         lines = [(name, *_counts(found), *_sums(found, now)) for name, found in ordered]
         header = ("steps of", "finished", "stale", "unused", "held", "damaged", "unfinished", "disk", "used")
         parts.append(table_text(header, lines, right=header[1:], width=WIDTH))
-        parts.append("unused: by no report below reports/; each step: dynamoe-lab ls --steps; to free some: dynamoe-lab cache free --help")
+        parts.append("unused: by no run below reports/; each step: dynamoe-lab ls --steps\nto free some: dynamoe-lab cache free --help")
     return "\n\n".join(parts)
 
 

@@ -182,7 +182,7 @@ def list_steps(home: Path, reports: Path) -> str:
     header = ("key", "function", "disk", "age", "used", "took", "state", "other code; used by")
     table = table_text(header, rows, right=("disk", "age", "used", "took"), width=WIDTH)
     total, folder = memory(sum(entry.bytes for entry in entries)), without_paths(str(home / "steps"))
-    return f"{table}\n{len(rows)} steps, {total} in {folder}; a step that is removed is computed again when it is needed"
+    return f"{table}\n{len(rows)} steps, {total} in {folder}; dynamoe-lab cache free removes some"
 
 
 def _users(entry: Entry) -> str:

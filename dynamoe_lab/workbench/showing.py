@@ -108,7 +108,7 @@ def _steps(record: Record) -> str:
         (use.function, use.key[:16], duration(use.seconds), memory(use.peak_memory_bytes), _own(use), *_how(use))
         for use in record.results.steps
     ]
-    header = ("step", "key", "computed in", "peak", "its own", "this run", "stale, or made unlike this run")
+    header = ("step", "key", "computed in", "peak", "its own", "this run", "notes")
     return table_text(header, rows, right=("computed in", "peak", "its own"), width=WIDTH) if rows else ""
 
 

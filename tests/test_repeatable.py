@@ -1,0 +1,195 @@
+"""What a rerun has to give again: a difference in the last digit is found, measured times are left out by name, and reasons are told."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_records import make_record
+
+from dynamoe_lab.errors import InputError
+from dynamoe_lab.workbench import notebooks
+from dynamoe_lab.workbench.checking import check_runs, compare_runs, find_runs, not_promised
+from dynamoe_lab.workbench.records import Artifact, Record, Results, Scalar, StepUse, StoredFile
+from dynamoe_lab.workbench.repeatable import compare_tables, exact_digest
+
+FRAME = pd.DataFrame({"layer": [0, 1, 2], "loss": [0.1, 0.2, 0.3], "seconds": [1.0, 2.0, 3.0]})
+
+
+def csv(folder: Path, name: str, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.csv"
+    path.write_text(text)
+    return path
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_equal_tables_are_equal_but_for_measured_times(tmp_path):
+    then, now = (csv(tmp_path / side, "curve", f"step,loss,seconds\n1,0.5,{t}\n2,0.4,{t}\n") for side, t in (("a", 1.5), ("b", 9.5)))
+    found = compare_tables(then, now)
+    assert (found.equal, found.text) == (True, "2 rows, 2 columns")
+    assert found.excepted == {"seconds": "a measured time"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "step,loss\n1,0.5\n2,0.41\n3,0.35\n",
+            "row 2, column loss: 0.4 then, 0.41 now; 2 of 6 cells differ, by up to 0.05 (row 3, column loss)",
+        ),
+        ("step,loss\n1,0.5\n2,0.4\n", "3 rows then, 2 now"),
+        ("step,lost\n1,0.5\n2,0.4\n3,0.3\n", "other columns: loss, lost"),
+        ("loss,step\n0.5,1\n0.4,2\n0.3,3\n", "columns in another order: loss, step"),
+        ("step,loss\n1,0.5\n2,\n3,0.3\n", "row 2, column loss: 0.4 then, empty now; 1 of 6 cells differ"),
+    ],
+)
+def test_a_difference_is_found_and_placed(tmp_path, text, message):
+    then = csv(tmp_path / "a", "curve", "step,loss\n1,0.5\n2,0.4\n3,0.3\n")
+    found = compare_tables(then, csv(tmp_path / "b", "curve", text))
+    assert (found.equal, found.text) == (False, message)
+
+
+def test_columns_are_excepted_in_the_tables_that_hold_times_there(tmp_path):
+    sides = [(side, f"seconds,low\n1,{low}\n") for side, low in (("a", 0.1), ("b", 0.2))]
+    assert compare_tables(*(csv(tmp_path / side, "latency", text) for side, text in sides)).equal
+    assert not compare_tables(*(csv(tmp_path / side, "pareto", text) for side, text in sides)).equal  # there low is no time
+
+
+def test_rows_of_measured_metrics_are_excepted(tmp_path):
+    lines = "task,metric,value,n\npiqa,acc,{},25\npiqa,seconds_total,{},25\n"
+    then = csv(tmp_path / "a", "scores", lines.format(0.5, 3.25))
+    assert compare_tables(then, csv(tmp_path / "b", "scores", lines.format(0.5, 4.5))).equal
+    assert not compare_tables(then, csv(tmp_path / "b", "scores", lines.format(0.51, 3.25))).equal
+    assert not compare_tables(then, csv(tmp_path / "b", "scores", lines.format(0.5, 3.25).replace("25\n", "26\n"))).equal
+
+
+def test_a_digest_sees_the_last_digit_and_no_time():
+    changed = FRAME.assign(seconds=[9.0, 9.0, 9.0])
+    assert exact_digest(FRAME) == exact_digest(changed)
+    changed.loc[1, "loss"] = np.nextafter(0.2, 1)
+    assert exact_digest(FRAME) != exact_digest(changed)
+    rows = pd.DataFrame({"metric": ["acc", "seconds_total"], "value": [0.5, 1.0]})
+    assert exact_digest((rows, {"n": 1})) == exact_digest((rows.assign(value=[0.5, 2.0]), {"n": 1}))
+    assert exact_digest((rows, {"n": 1})) != exact_digest((rows.assign(value=[0.6, 1.0]), {"n": 1}))
+    assert rows["value"].tolist() == [0.5, 1.0]  # the frame itself is left alone
+
+
+# --- runs --------------------------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, *, loss: float = 0.3, score: float = 0.5, weights: str = "w1", key: str = "k", rate: float = 10.0) -> Record:
+    """A run with a table, two numbers and two steps."""
+    folder.mkdir(parents=True)
+    frame = FRAME.assign(loss=[0.1, 0.2, loss])
+    frame.to_csv(folder / "curve.csv", index=False, float_format="%.6g")
+    steps = [
+        StepUse("train", key * 32, False, 1.0, digests={"output/checkpoint/model.safetensors": weights, "result": "r"}),
+        StepUse("measure_latency", f"{rate}", False, 1.0, times=True),
+    ]
+    record = make_record(folder.name, key="asked", profile="smoke", config={"seed": 3, "profile": "smoke"}, parameters={"width": 4})
+    table = Artifact("curve", "A curve.", [StoredFile.of(folder / "curve.csv")], exact_digest(frame))
+    record.results = Results(scalars=[Scalar("accuracy", score), Scalar("training rate", rate)], tables=[table], steps=steps)
+    record.env.threads, record.env.code, record.env.packages = 1, "", {}
+    record.write(folder)
+    return record
+
+
+def differences(tmp_path, **changed) -> list[tuple[str, str, str]]:
+    write_run(tmp_path / "then" / "02_a")
+    write_run(tmp_path / "now" / "02_a", **changed)
+    found = compare_runs(tmp_path / "then" / "02_a", tmp_path / "now" / "02_a")
+    return [(entry.kind, entry.name, entry.text) for entry in found if not entry.equal]
+
+
+def test_a_run_equals_itself_but_for_its_times(tmp_path):
+    assert differences(tmp_path, rate=99.0) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        (
+            {"loss": 0.4},
+            ("table", "curve", "row 3, column loss: 0.3 then, 0.4 now; 1 of 6 cells differ, by up to 0.1 (row 3, column loss)"),
+        ),
+        ({"loss": float(np.nextafter(0.3, 1))}, ("table", "curve", "differs beyond the six digits of its csv")),
+        ({"score": 0.5000000001}, ("number", "accuracy", "value 0.5 then, 0.5000000001 now")),
+        ({"weights": "w2"}, ("step", "train", "other weights: output/checkpoint/model.safetensors")),
+        ({"key": "q"}, ("step", "train", f"other inputs (key {'k' * 16} then, {'q' * 16} now)")),
+    ],
+)
+def test_every_kind_of_difference_is_found(tmp_path, changed, found):
+    assert differences(tmp_path, **changed) == [found]
+
+
+@pytest.fixture
+def rerun(project, monkeypatch):
+    """Runs are made again by writing them again, as asked for; the calls are kept."""
+    calls = []
+
+    def run_notebooks(names, *, profile, given, output):
+        home = Path(os.environ["DYNAMOE_LAB_HOME"])
+        calls.append(
+            {"profile": json.loads(Path(profile).read_text()), "given": given, "shared": sorted(path.name for path in home.iterdir())}
+        )
+        calls[-1]["threads"] = os.environ.get("OMP_NUM_THREADS")
+        write_run(output / names[0], **calls[0].get("changed", {}))
+        return {names[0]: "ok"}
+
+    monkeypatch.setattr(notebooks, "run_notebooks", run_notebooks)
+    write_run(project / "reports" / "smoke" / "02_a")
+    return calls
+
+
+def test_a_check_asks_for_what_was_recorded_and_says_equal(project, rerun, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    said = []
+    assert check_runs(find_runs(["smoke"], project / "reports"), home=tmp_path / "home", root=project, say=said.append)
+    assert rerun[0]["profile"] == {"seed": 3, "threads": 1}
+    assert rerun[0]["given"] == ["width=4", "overrides=[]"]
+    assert rerun[0]["threads"] == "1"
+    assert rerun[0]["shared"] == ["assets", "models", "wheels"]  # no step, nothing half-done
+    assert said[-1].splitlines()[0] == "02_a  all equal, to the last digit  (seed 3, 1 thread)"
+    assert "not compared: seconds (a measured time) of curve" in said[-1]
+
+
+def test_a_check_finds_a_difference(project, rerun, tmp_path, monkeypatch):
+    original = write_run
+    monkeypatch.setitem(globals(), "write_run", lambda folder, **_: original(folder, loss=0.31))
+    said = []
+    assert not check_runs([project / "reports" / "smoke" / "02_a"], home=tmp_path / "home", root=project, say=said.append)
+    assert any(
+        line.split()[:3] == ["differs", "table", "curve"] and "row 3, column loss: 0.3 then, 0.31 now" in line
+        for line in said[-1].split("\n")
+    )
+
+
+def test_what_was_not_promised_is_said_first(project):
+    folder = project / "reports" / "smoke" / "02_a"
+    record = write_run(folder)
+    record.env.packages, record.env.threads, record.run.key = {"torch": "1.0"}, 4096, ""
+    record.env.unrepeatable = ["computed on cuda without torch's deterministic algorithms"]
+    notes = not_promised(record, folder, project)
+    assert any(note.startswith("made with torch 1.0, here ") for note in notes)
+    assert any(note.startswith("made with 4096 threads, here are ") for note in notes)
+    assert "computed on cuda without torch's deterministic algorithms" in notes
+    assert any("its notebook's parameters are not known" in note for note in notes)
+
+
+def test_runs_that_cannot_be_checked_are_refused(project, tmp_path):
+    folder = project / "reports" / "smoke" / "02_a"
+    record = write_run(folder)
+    with pytest.raises(InputError, match="no run 'quick'"):
+        find_runs(["quick"], project / "reports")
+    (folder / "curve.csv").write_text("edited")
+    with pytest.raises(InputError, match=r"smoke/02_a: curve\.csv gone or changed since it ran"):
+        check_runs([folder], home=tmp_path, root=project)
+    record.run.status = "failed"
+    record.write(folder)
+    with pytest.raises(InputError, match="smoke/02_a: it failed; run it again first"):
+        check_runs([folder], home=tmp_path, root=project)
