@@ -33,7 +33,22 @@ def test_help_comes_at_once():
     assert done.returncode == 0
     assert all(
         word in done.stdout
-        for word in ("run", "sweep", "convert", "train", "export", "eval", "compare", "ls", "show", "report", "doctor", "--debug")
+        for word in (
+            "run",
+            "sweep",
+            "convert",
+            "train",
+            "export",
+            "eval",
+            "compare",
+            "ls",
+            "show",
+            "check",
+            "report",
+            "cache",
+            "doctor",
+            "--debug",
+        )
     )
     assert min(seconds) < 0.5
 
@@ -84,6 +99,10 @@ def test_help_imports_nothing_heavy():
         (["ls"], "no runs below reports"),
         (["ls", "--steps"], "no steps in $DYNAMOE_LAB_HOME"),
         (["show", "quick/04"], "no run 'quick/04'"),
+        (["check", "quick"], "no run 'quick'"),
+        (["cache"], "nothing in $DYNAMOE_LAB_HOME"),
+        (["cache", "free"], "say what: --stale"),
+        (["cache", "free", "--older-than", "a while"], "--older-than a while: give a number with min, h, d or w"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(project, words, message):
@@ -139,7 +158,9 @@ def test_a_sweeps_end_is_told_and_written(project, monkeypatch):
     content = json.loads((folder / "sweep.json").read_text())
     assert content["command"] == "dynamoe-lab sweep calibration --profile smoke -p seed=3"
     assert content["cells"][1]["error"] == "RuntimeError: too hot"
-    assert "calibration  1 of 4 failed" in call("ls").stdout
+    line = next(line for line in call("ls").stdout.splitlines() if line.startswith("sweeps/calibration  failed"))
+    assert line.endswith("1 of 4 cells failed")
+    assert [row["state"] for row in json.loads(call("ls", "--json").stdout)] == ["failed"]
 
 
 @pytest.mark.parametrize("output", [None, "elsewhere/my table", "../../outside"])

@@ -208,7 +208,7 @@ def test_a_record_is_shown_whole(reports, project):
     folder = reports / "quick" / "04_router_confusion"
     record = load_record(folder)
     use = record.results.steps[0]
-    use.peak_memory_bytes, use.memory_before_bytes, use.unlike = 900 * 2**20, 500 * 2**20, {"threads": "2"}
+    use.peak_memory_bytes, use.memory_before_bytes, use.threads = 900 * 2**20, 500 * 2**20, 2
     record.env.threads, record.env.unrepeatable = 1, ["train computed earlier with 2 threads"]
     record.write(folder)
     text = show_run(folder, project)

@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from test_notebook_runner import write_notebook
 from test_records import make_record
 
+from dynamoe_lab.config import Experiment
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import notebooks
 from dynamoe_lab.workbench.checking import check_runs, compare_runs, find_runs, not_promised
+from dynamoe_lab.workbench.provenance import step_use, why_unrepeatable
 from dynamoe_lab.workbench.records import Artifact, Record, Results, Scalar, StepUse, StoredFile
 from dynamoe_lab.workbench.repeatable import compare_tables, exact_digest
+from dynamoe_lab.workbench.steps import run_step
 
 FRAME = pd.DataFrame({"layer": [0, 1, 2], "loss": [0.1, 0.2, 0.3], "seconds": [1.0, 2.0, 3.0]})
 
@@ -181,6 +185,34 @@ def test_what_was_not_promised_is_said_first(project):
     assert any("its notebook's parameters are not known" in note for note in notes)
 
 
+def thread_count(seed: int) -> int:
+    return seed
+
+
+def test_a_record_says_why_other_digits_may_come_out(tmp_path):
+    experiment, record = Experiment(), make_record("02_a")
+    record.env.threads = 1
+    done = run_step(thread_count, (3,), home=tmp_path)
+    record.results.steps = [step_use(thread_count, done)]
+    assert record.results.steps[0].digests == {"result": exact_digest(3)}
+    record.results.steps[0].threads = 1
+    assert why_unrepeatable(record, experiment) == []
+    other = done._replace(
+        cached=True, stale=True, made={**done.made, "threads": 2, "versions": {"torch": "1.0"}, "rooms": {"models": "other"}}
+    )
+    record.results.steps = [step_use(thread_count, other)]
+    assert "models" in record.results.steps[0].stale_rooms
+    assert why_unrepeatable(record, experiment) == [
+        "thread_count computed earlier with torch 1.0",
+        "thread_count computed earlier with 2 threads",
+        "thread_count computed earlier by other code",
+    ]
+    record.results.steps[0].times = True  # what it gives is excepted anyway
+    assert why_unrepeatable(record, experiment) == []
+    experiment.device = "cuda"
+    assert why_unrepeatable(record, experiment) == ["computed on cuda without torch's deterministic algorithms"]
+
+
 def test_runs_that_cannot_be_checked_are_refused(project, tmp_path):
     folder = project / "reports" / "smoke" / "02_a"
     record = write_run(folder)
@@ -193,3 +225,29 @@ def test_runs_that_cannot_be_checked_are_refused(project, tmp_path):
     record.write(folder)
     with pytest.raises(InputError, match="smoke/02_a: it failed; run it again first"):
         check_runs([folder], home=tmp_path, root=project)
+
+
+def test_a_notebook_that_is_run_again_gives_the_same_but_for_what_is_random(project, home, monkeypatch):
+    """With kernels: one table comes from a step and the recorded seed, one from the system's entropy."""
+    monkeypatch.setenv("DYNAMOE_LAB_HOME", str(home))
+    write_notebook(
+        project,
+        "03_chance",
+        [
+            "import os\nimport numpy as np\nimport pandas as pd\nimport dynamoe_lab as lab\n"
+            'run = lab.start("03_chance", profile=profile, overrides=overrides, output=output)',
+            'run.table(pd.DataFrame({"x": np.random.rand(width)}), "seeded", caption="From the recorded seed.")\n'
+            'run.table(pd.DataFrame({"x": list(os.urandom(8))}), "wild", caption="From nowhere.")\nrun.finish()',
+        ],
+        "width: int = 3\n",
+    )
+    assert notebooks.run_notebooks(["03"], profile="smoke", given=["width=4", "seed=7"]) == {"03_chance": "ok"}
+    folder = project / "reports" / "smoke" / "03_chance"
+    (project / "configs" / "smoke.yaml").write_text("seed: 9\n")  # the record knows what it was, and says that it changed
+    said = []
+    assert not check_runs([folder], home=home, root=project, say=said.append)
+    lines = [line.split() for line in said[-1].splitlines()]
+    assert any(words[:3] == ["equal", "table", "seeded"] for words in lines)
+    assert any(words[:3] == ["differs", "table", "wild"] for words in lines)
+    assert any("equality is not promised" in line for line in said)
+    assert "1 of 2 differ  (seed 7" in said[-1]

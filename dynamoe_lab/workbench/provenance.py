@@ -49,10 +49,10 @@ def record_environment(experiment: "Experiment", root: Path, fingerprints: dict[
 def step_use(function: Callable, done: StepResult) -> StepUse:
     """A run's entry of a step that it used: what it took, and with what it was made where this process has other."""
     made, use = done.made, StepUse(function.__name__, done.key, done.cached, done.seconds, done.stale)
-    here = {"threads": environment.torch_threads(), "cpu": environment.cpu_name()}
-    here |= {name: version for name, version in environment.versions().items() if name in STEP_VERSIONS}
-    then = {name: made[name] for name in ("threads", "cpu") if name in made} | made.get("versions", {})
-    use.unlike = {name: str(value) for name, value in then.items() if name in here and value is not None and value != here[name]}
+    here = environment.versions() | {"cpu": environment.cpu_name()}
+    then = {name: version for name, version in made.get("versions", {}).items() if name in STEP_VERSIONS} | {"cpu": made.get("cpu")}
+    use.unlike = {name: str(value) for name, value in then.items() if value and value != here.get(name)}
+    use.threads = made.get("threads")
     if done.stale:
         use.stale_rooms = changed_rooms(made.get("rooms", {}), environment.room_digests(environment.ROOMS_WITHOUT_RESULTS))
     use.peak_memory_bytes = made.get("peak_memory_bytes") if made.get("memory_measured") else None  # older steps: of the whole process
@@ -87,9 +87,10 @@ def why_unrepeatable(record: Record, experiment: "Experiment") -> list[str]:
         if use.times:
             continue
         for name, value in use.unlike.items():
-            unlike.setdefault(f"{name} {value}" if name != "threads" else f"{value} threads", []).append(use.function)
+            unlike.setdefault(f"earlier with {name} {value}", []).append(use.function)
+        if use.threads and record.env.threads and use.threads != record.env.threads:
+            when = "earlier " if use.cached else "in a sweep's process "  # which gets its share of the cores unless `threads` is set
+            unlike.setdefault(f"{when}with {use.threads} thread{'s' if use.threads > 1 else ''}", []).append(use.function)
         if use.stale:
-            unlike.setdefault("other code", []).append(use.function)
-    for what, functions in unlike.items():
-        reasons.append(f"{', '.join(dict.fromkeys(functions))} computed earlier with {what}")
-    return reasons
+            unlike.setdefault("earlier by other code", []).append(use.function)
+    return reasons + [f"{', '.join(dict.fromkeys(functions))} computed {how}" for how, functions in unlike.items()]

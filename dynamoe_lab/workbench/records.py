@@ -134,7 +134,8 @@ class StepUse:
     peak_memory_bytes: int | None = None  # of the process while it computed this step
     memory_before_bytes: int | None = None
     times: bool = False  # it measures times, so its result differs from run to run
-    unlike: dict[str, str] = field(default_factory=dict)  # what it was computed with where the run has other: {"threads": "1"}
+    threads: int | None = None  # of torch when it was computed
+    unlike: dict[str, str] = field(default_factory=dict)  # what it was computed with where the run has other: {"torch": "2.12.0"}
     digests: dict[str, str] = field(default_factory=dict)  # xxh3_128 of its weights, and of results that hold no time
 
 

@@ -105,7 +105,7 @@ def _files(record: Record) -> str:
 
 def _steps(record: Record) -> str:
     rows = [
-        (use.function, use.key[:16], duration(use.seconds), memory(use.peak_memory_bytes), _own(use), *_how(use))
+        (use.function, use.key[:16], duration(use.seconds), memory(use.peak_memory_bytes), _own(use), *_how(use, record.env.threads))
         for use in record.results.steps
     ]
     header = ("step", "key", "computed in", "peak", "its own", "this run", "notes")
@@ -119,7 +119,8 @@ def _own(use: StepUse) -> str:
     return f"+{memory(use.peak_memory_bytes - use.memory_before_bytes)}"
 
 
-def _how(use: StepUse) -> tuple[str, str]:
+def _how(use: StepUse, threads: int | None) -> tuple[str, str]:
     notes = [f"stale: {', '.join(use.stale_rooms)} changed" if use.stale_rooms else "stale"] if use.stale else []
     notes += [f"{name} {value}" for name, value in use.unlike.items()]
+    notes += [f"threads {use.threads}"] if use.threads and use.threads != threads else []
     return "read from the cache" if use.cached else "computed", "; ".join(notes)

@@ -5,7 +5,8 @@
 
 Steps make it resumable: a cell whose steps are all there is only read, and a sweep that was stopped goes on from the steps that were done.
 Processes come from joblib, so `joblib.parallel_config(backend=...)` sends the cells elsewhere. Each process gets its share of the cores as
-torch threads: two torch jobs with all cores each take far longer than one after the other. A cell that fails does not stop the others.
+torch threads (two torch jobs with all cores each take far longer than one after the other), or as many as the experiment's `threads` say.
+A cell that fails does not stop the others.
 """
 
 import contextlib
@@ -160,7 +161,8 @@ def run_plans(
             pending.append(plan)
             largest = max(largest, sum(parameter.numel() * 4 for parameter in inputs.model(plan.experiment)[0].parameters()))
     on_cpu = all(plan.experiment.device == "cpu" for plan in pending)
-    jobs = min(jobs, len(pending)) if jobs else _jobs_that_fit(len(pending), largest) if on_cpu else 1
+    cores = max((plan.experiment.threads or CELL_CORES for plan in pending), default=CELL_CORES)
+    jobs = min(jobs, len(pending)) if jobs else _jobs_that_fit(len(pending), largest, cores) if on_cpu else 1
     if jobs > 1:
         inputs.clear()  # the processes load their own
         with contextlib.closing(_in_processes(pending, sweep.modes, home, jobs)) as ended:
@@ -172,11 +174,11 @@ def run_plans(
     return SweepResult(sweep, list(plans), [outcomes[plan.number] for plan in plans], cells)
 
 
-def _jobs_that_fit(cells: int, model_bytes: int) -> int:
+def _jobs_that_fit(cells: int, model_bytes: int, cores: int = CELL_CORES) -> int:
     import psutil
 
     fitting = int(psutil.virtual_memory().available // (MODEL_COPIES * model_bytes + CELL_MEMORY))
-    return max(1, min(cells, environment.usable_cores() // CELL_CORES, fitting))
+    return max(1, min(cells, environment.usable_cores() // cores, fitting))
 
 
 # --- one cell ----------------------------------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ def _work(plan: Plan, modes: list, home: Path, threads: int, parent: int) -> tup
     with contextlib.suppress(ValueError):  # not in the main thread of this process
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent decides
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    threads = min(threads, plan.experiment.threads or threads)
+    threads = plan.experiment.threads or threads  # as many as asked for, whatever runs beside it: digits depend on it
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         return _attempt(plan, modes, Inputs(), home, threads=threads)
