@@ -219,12 +219,16 @@ def test_runs_that_cannot_be_checked_are_refused(project, tmp_path):
     with pytest.raises(InputError, match="no run 'quick'"):
         find_runs(["quick"], project / "reports")
     (folder / "curve.csv").write_text("edited")
-    with pytest.raises(InputError, match=r"smoke/02_a: curve\.csv gone or changed since it ran"):
+    with pytest.raises(InputError, match=r"smoke/02_a: nothing to compare with, it ran, and curve\.csv is gone or changed since"):
         check_runs([folder], home=tmp_path, root=project)
     record.run.status = "failed"
     record.write(folder)
-    with pytest.raises(InputError, match="smoke/02_a: it failed; run it again first"):
+    with pytest.raises(InputError, match="smoke/02_a: nothing to compare with, it failed; run it again first"):
         check_runs([folder], home=tmp_path, root=project)
+    said = []
+    with pytest.raises(InputError, match="none of these runs ended well"):
+        check_runs([folder, folder], home=tmp_path, root=project, say=said.append)
+    assert len(said) == 2
 
 
 def test_a_notebook_that_is_run_again_gives_the_same_but_for_what_is_random(project, home, monkeypatch):

@@ -51,22 +51,31 @@ def find_runs(names: Sequence[str], reports: Path) -> list[Path]:
 def check_runs(folders: Sequence[Path], *, home: Path, root: Path, say: Callable[[str], None] = print, keep: Path | None = None) -> bool:
     """Run the notebooks of these runs again and say a line for everything compared; True if all of it is equal.
 
+    Of several runs those that did not end well are named and left out.
+
     Args:
         home: the cache whose assets and models are shared.
         root: of the project.
         keep: a new or empty folder for the rerun's report; None: it is removed.
 
     Raises:
-        InputError: a record cannot be read, or is of a run that did not end well; `keep` is not empty.
+        InputError: a record cannot be read; the run, or all of them, did not end well or lack files; `keep` is not empty.
     """
-    runs = [(folder, load_record(folder)) for folder in folders]
-    for folder, record in runs:
-        if record.run.status != "ok":
-            raise InputError(
-                f"{folder.parent.name}/{folder.name}: it {_ENDED.get(record.run.status, 'did not end well')}; run it again first"
-            )
+    runs = []
+    for folder in folders:
+        record = load_record(folder)
+        reason = _ENDED.get(record.run.status, "did not end well") if record.run.status != "ok" else ""
         if damaged := missing_files(record, folder):
-            raise InputError(f"{folder.parent.name}/{folder.name}: {', '.join(damaged)} gone or changed since it ran; run it again first")
+            reason = reason or f"ran, and {', '.join(damaged)} is gone or changed since"
+        if not reason:
+            runs.append((folder, record))
+            continue
+        told = f"{folder.parent.name}/{folder.name}: nothing to compare with, it {reason}; run it again first"
+        if len(folders) == 1:
+            raise InputError(told)
+        say(told)
+    if not runs:
+        raise InputError("none of these runs ended well; run them again first")
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise InputError(f"--keep {keep}: not empty; give a new folder")
     wrong = 0

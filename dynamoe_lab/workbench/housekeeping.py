@@ -33,7 +33,7 @@ def list_cache(home: Path, reports: Path) -> str:
         kinds.setdefault(entry.kind, []).append(entry)
         if entry.kind in ("step", "damaged", "unfinished"):
             functions.setdefault(entry.function.removeprefix("."), []).append(entry)
-    rows = [(KINDS[kind], str(len(found)), *_sums(found, now), _names(kind, found)) for kind, found in kinds.items()]
+    rows = [(KINDS[kind], str(len(found)), *_sums(found, now), _names(kind, found, home)) for kind, found in kinds.items()]
     rows.append(("in all", str(len(entries)), memory(sum(entry.bytes for entry in entries)), "", ""))
     parts = [
         without_paths(str(home)),
@@ -52,8 +52,10 @@ def _sums(entries: Sequence[Entry], now: float) -> tuple[str, str]:
     return memory(sum(entry.bytes for entry in entries)), age_text(now - max(entry.used for entry in entries))
 
 
-def _names(kind: str, entries: Sequence[Entry]) -> str:
-    return ", ".join(entry.name for entry in entries) if kind in ("asset", "model", "wheel", "link", "other", "damaged") else ""
+def _names(kind: str, entries: Sequence[Entry], home: Path) -> str:
+    if kind == "link":
+        return ", ".join(entry.path.relative_to(home).as_posix() for entry in entries)
+    return ", ".join(entry.name for entry in entries) if kind in ("asset", "model", "wheel", "other", "damaged") else ""
 
 
 def _counts(entries: Sequence[Entry]) -> list[str]:
