@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -255,7 +256,8 @@ def test_two_processes_at_once_download_once(tmp_path):
     outputs = [process.communicate(timeout=240) for process in running]
     assert [out for out, _ in outputs] == ["alpha\n", "alpha\n"], outputs
     assert (tmp_path / "downloads").read_text() == "x"
-    assert "waiting for another process that prepares asset toy\n" in [err for _, err in outputs]
+    told = sorted(err for _, err in outputs)
+    assert re.fullmatch(r"waiting for asset toy, held by pid \d+\n", told[1]), told
 
 
 def test_home(monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.files import read_json, without_paths
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.notebooks import notebook_number
-from dynamoe_lab.workbench.records import RECORD_NAME, Record, effective_status, load_record
+from dynamoe_lab.workbench.records import RECORD_NAME, Record, effective_status, load_record, place_text
 from dynamoe_lab.workbench.report import duration, memory, number_text
 
 __all__ = ["find_run", "list_runs", "list_steps", "show_run", "table_text"]
@@ -146,8 +146,9 @@ def show_run(folder: Path) -> str:
     facts += [("model", record.env.model), ("commit", record.env.commit[:12] + (" with uncommitted changes" if record.env.dirty else ""))]
     parts.append("\n".join(f"{label:<12} {text}" for label, text in facts if text))
     if run.error is not None:
-        place = f" in cell {run.error.cell}" + (f" ({run.error.heading})" if run.error.heading else "") if run.error.cell else ""
-        parts.append("\n".join([f"{run.error.type}{place}: {run.error.message}", *run.error.traceback]))
+        parts.append("\n".join([f"{run.error.type}{place_text(run.error)}: {run.error.message}", *run.error.traceback]))
+    elif effective_status(record) == "interrupted":
+        parts.append(f"its process ended{place_text(run.at)}; the same command goes on")
     if results.findings:
         lines = [f"{'*' if finding.headline else '-'} {finding.sentence} [{finding.source}]" for finding in results.findings]
         parts.append("\n".join(["findings", *lines]))

@@ -19,6 +19,7 @@ __all__ = [
     "Artifact",
     "Environment",
     "Finding",
+    "Place",
     "Record",
     "RunError",
     "RunInfo",
@@ -31,6 +32,7 @@ __all__ = [
     "load_records",
     "missing_files",
     "now",
+    "place_text",
     "process_identity",
 ]
 
@@ -48,6 +50,16 @@ class RunError:
     cell: int | None = None  # code cells of the notebook count from 1
     heading: str = ""  # the heading above that cell
     traceback: list[str] = field(default_factory=list)  # its last lines
+    step: str = ""  # function of the step that was running
+
+
+@dataclass
+class Place:
+    """Where a run is: what there is to say of one that was killed."""
+
+    cell: int | None = None  # as in RunError; not known of a notebook that runs in JupyterLab
+    heading: str = ""
+    step: str = ""  # function of the step that is running
 
 
 @dataclass
@@ -64,6 +76,7 @@ class RunInfo:
     config: dict[str, Any] = field(default_factory=dict)  # the resolved experiment
     status: str = "running"
     error: RunError | None = None
+    at: Place | None = None  # of a run that is not finished
     started: str = ""  # ISO 8601, UTC
     finished: str = ""
     seconds: float | None = None
@@ -181,6 +194,14 @@ class Record:
 def now() -> str:
     """The time, ISO 8601, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def place_text(place: RunError | Place | None) -> str:
+    """` in cell 3 (Train the router), step train`; empty where nothing is known."""
+    if place is None:
+        return ""
+    cell = f" in cell {place.cell}" + (f" ({place.heading})" if place.heading else "") if place.cell else ""
+    return cell + (f"{',' if cell else ' in'} step {place.step}" if place.step else "")
 
 
 def process_identity() -> tuple[int, float]:

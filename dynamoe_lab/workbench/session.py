@@ -23,11 +23,13 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.drawn import figure_files, frame_csv
-from dynamoe_lab.workbench.files import told_when_full, without_paths, write_atomic
+from dynamoe_lab.workbench.files import hold, let_go, told_when_full, without_paths, write_atomic
+from dynamoe_lab.workbench.handover import RUNNER_VARIABLE, interactive, notebook_lock, running_cell
 from dynamoe_lab.workbench.records import (
     Artifact,
     Environment,
     Finding,
+    Place,
     Record,
     RunInfo,
     Scalar,
@@ -46,8 +48,6 @@ if TYPE_CHECKING:
     from dynamoe_lab.workbench.sweep import SweepResult
 
 __all__ = ["Run", "run_command", "start"]
-
-RUNNER_VARIABLE = "DYNAMOE_LAB_NOTEBOOK"  # set for the kernel by the notebook runner: the notebook that is running
 
 
 def start(name: str, profile: str = "quick", overrides: Iterable[str] = (), output: str | Path | None = None) -> "Run":
@@ -118,7 +118,7 @@ class Run:
         profile: str,
     ):
         self.name, self.experiment, self.folder = name, experiment, folder
-        self._root, self._clock = root, time.perf_counter()
+        self._root, self._clock, self._lock = root, time.perf_counter(), None
         self._profile, self._overrides = profile, overrides  # as they were given: a sweep's cells start from them
         keep_freed_memory()
         self._seed()
@@ -134,7 +134,11 @@ class Run:
             process_started=process_started,
         )
         self.record = Record(run=info, env=self._environment())
-        folder.mkdir(parents=True, exist_ok=True)
+        if not os.environ.get(RUNNER_VARIABLE):  # the runner holds it for us
+            self._lock, told = notebook_lock(folder, root)
+            hold(self._lock, refuses=told)
+        with told_when_full(folder, "free some, or choose another output"):
+            folder.mkdir(parents=True, exist_ok=True)
         self._write()
 
     def __repr__(self) -> str:
@@ -151,6 +155,7 @@ class Run:
         from dynamoe_lab.assets import home
 
         self._seed()  # a step's result must not depend on which steps were computed, not read, before it
+        self._write(step=getattr(function, "__name__", ""))
         done = run_step(function, args, kwargs, home=home())
         self.record.results.steps.append(StepUse(function.__name__, done.key, done.cached, done.seconds, done.stale))
         self.record.env.fingerprints |= recorded_inputs(function, done)
@@ -198,6 +203,7 @@ class Run:
             sweep = Sweep(name=self.name, axes=dict(axes or {}), cells=list(cells or []), modes=list(modes or ["router"]))
         none_wanted = cells is not None and not sweep.cells and not sweep.axes
         plans = [] if none_wanted else sweep.resolve(self._profile, [*self._overrides, *overrides])
+        self._write(step="sweep")
         result = run_plans(sweep, plans, jobs=jobs, home=home())
         self._seed()
         uses = {}
@@ -291,6 +297,8 @@ class Run:
         run.seconds = round(time.perf_counter() - self._clock, 3)
         self.record.env = self._environment(self.record.env.fingerprints)  # torch may have come since the start
         self._write()
+        if self._lock is not None:
+            let_go(self._lock)
         counts = {
             "figure": results.figures,
             "table": results.tables,
@@ -313,7 +321,7 @@ class Run:
 
     def _refuse_twice(self, what: str) -> None:
         """Two cells that use one name are a mistake, but in JupyterLab a person runs the same cell again."""
-        if os.environ.get(RUNNER_VARIABLE) or not _interactive():
+        if os.environ.get(RUNNER_VARIABLE) or not interactive():
             raise InputError(f"{self.name}: {what} is used twice in this run; give each its own name")
 
     def _store(self, shelf: list[Artifact], stem: str, caption: str, contents: dict[str, bytes]) -> None:
@@ -325,9 +333,13 @@ class Run:
             shelf.append(Artifact(stem, " ".join(caption.split()), [StoredFile.of(self.folder / name) for name in contents]))
             self._write()
 
-    def _write(self) -> None:
-        self.record.run.peak_memory_bytes = environment.peak_memory()
-        self.record.write(self.folder)
+    def _write(self, step: str = "") -> None:
+        """Write the record; `step`: what starts now, for whoever reads the record of a run that was killed in it."""
+        run = self.record.run
+        run.peak_memory_bytes = environment.peak_memory()
+        run.at = Place(*running_cell(), step=step) if run.status == "running" else None
+        with told_when_full(self.folder, "free some, or choose another output"):
+            self.record.write(self.folder)
 
     def _seed(self) -> None:
         environment.seed_generators(self.experiment.seed, self.experiment.threads)
@@ -355,8 +367,3 @@ class Run:
             data=without_paths({name: value for name, value in data.items() if isinstance(value, str)}, self._root),
             fingerprints=fingerprints or {},
         )
-
-
-def _interactive() -> bool:
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and ipython.get_ipython() is not None
