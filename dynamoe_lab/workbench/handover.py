@@ -27,8 +27,8 @@ def notebook_lock(folder: Path, root: Path) -> tuple[Path, str]:
 def running_cell() -> tuple[int | None, str]:
     """Number and heading of the cell that is running; (None, "") in a kernel that no runner started."""
     cells, shell = json.loads(os.environ.get(CELLS_VARIABLE) or "[]"), _shell()
-    position = shell.execution_count - 1 if shell is not None else len(cells)
-    return tuple(cells[position]) if position < len(cells) else (None, "")
+    ran = len(shell.user_ns["In"]) - 1 if shell is not None else 0  # this cell included; entry 0 is empty
+    return tuple(cells[ran - 1]) if 1 <= ran <= len(cells) else (None, "")
 
 
 def interactive() -> bool:

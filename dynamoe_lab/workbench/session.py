@@ -23,7 +23,7 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.drawn import figure_files, frame_csv
-from dynamoe_lab.workbench.files import hold, let_go, told_when_full, without_paths, write_atomic
+from dynamoe_lab.workbench.files import hold, let_go, remove_leftovers, told_when_full, without_paths, write_atomic
 from dynamoe_lab.workbench.handover import RUNNER_VARIABLE, interactive, notebook_lock, running_cell
 from dynamoe_lab.workbench.records import (
     Artifact,
@@ -137,6 +137,7 @@ class Run:
         if not os.environ.get(RUNNER_VARIABLE):  # the runner holds it for us
             self._lock, told = notebook_lock(folder, root)
             hold(self._lock, refuses=told)
+            remove_leftovers(folder)
         with told_when_full(folder, "free some, or choose another output"):
             folder.mkdir(parents=True, exist_ok=True)
         self._write()
