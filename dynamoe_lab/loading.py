@@ -216,6 +216,7 @@ def _quiet(*, bars: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_input_error(name: str | Path, place: str | Path) -> Iterator[None]:
     """Turn what transformers raises about a bad checkpoint into one line."""
+    from httpx import HTTPError  # what the Hub's client lets through when the network goes
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -223,7 +224,7 @@ def _as_input_error(name: str | Path, place: str | Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise InputError(f"model {name}: a safetensors file is cut off or damaged ({_first_line(error)}); copy it again") from error
-    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError, HTTPError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(f"model {name}: {_UNTRUSTED}") from error
         if isinstance(place, Path):

@@ -257,6 +257,7 @@ READERS: dict[str, Callable[[Path], Iterator[str]]] = {
 def _read_hub(name: str) -> Iterator[str]:
     """Stream the split `train` of a Hub dataset. A failure of the network on the way ends as an error, never as a shorter text."""
     from datasets import load_dataset
+    from httpx import HTTPError
 
     identity, _, config = name.partition(":")
     try:
@@ -264,7 +265,7 @@ def _read_hub(name: str) -> Iterator[str]:
             yield _text_of(row, name, "text" if "text" in row else "content")
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"text {name!r}: no such file or folder, and the Hub did not give this dataset ({reason}); "

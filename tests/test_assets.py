@@ -72,7 +72,7 @@ def test_a_second_call_needs_no_network_and_writes_nothing(offer, monkeypatch):
     offer()
     folder = fetch("toy")
     monkeypatch.setattr(assets, "_download", lambda *_: pytest.fail("downloaded again"))
-    monkeypatch.setattr(assets, "_locked", lambda *_: pytest.fail("took the lock"))
+    monkeypatch.setattr(assets, "locked", lambda *_, **__: pytest.fail("took the lock"))
     start = time.perf_counter()
     assert fetch("toy") == folder
     assert time.perf_counter() - start < 0.1

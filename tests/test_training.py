@@ -313,6 +313,7 @@ def test_only_a_whole_checkpoint_is_resumed(tmp_path, monkeypatch, capsys):
 
     _stopped_after(tmp_path / "run", monkeypatch)
     whole = tmp_path / "run" / "trainer" / "checkpoint-6"
+    capsys.readouterr()
     assert complete_checkpoint(whole.parent) == whole
     assert capsys.readouterr().err == ""
     for name, damage in DAMAGES.items():
