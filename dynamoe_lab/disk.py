@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dynamoe_lab.errors import InputError
 
-__all__ = ["disk_full", "free_space", "hold", "let_go", "locked", "remove_leftovers", "told_when_full", "write_atomic"]
+__all__ = ["disk_full", "hold", "let_go", "locked", "no_space", "remove_leftovers", "told_when_full", "write_atomic"]
 
 _held: dict[Path, object] = {}  # lock files that `hold` keeps for this process
 
@@ -67,12 +67,12 @@ def disk_full(error: BaseException) -> bool:
     return False
 
 
-def free_space(folder: Path) -> str:
-    """`123 MB free, `: what is left on the disk of a folder that need not exist; empty where the system does not tell."""
+def no_space(folder: Path, advice: str) -> str:
+    """The line about a full disk: the folder, which need not exist, its free space where the system tells, and what to do."""
     with suppress(OSError, StopIteration):
         existing = next(place for place in (folder, *folder.parents) if place.exists())
-        return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MB free; "
-    return ""
+        advice = f"{shutil.disk_usage(existing).free / 2**20:,.0f} MB free; {advice}"
+    return f"no space left in {folder}: {advice}"
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def told_when_full(folder: Path, advice: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, InputError) or not disk_full(error):
             raise
-        raise InputError(f"no space left in {folder}: {free_space(folder)}{advice}") from error
+        raise InputError(no_space(folder, advice)) from error
 
 
 # --- several processes -------------------------------------------------------------------------------------------------------------

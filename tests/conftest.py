@@ -99,7 +99,7 @@ def make_tomoe(family: str = "llama", *, dense=None, **changes):
 
 
 def interrupt(process, number=signal.SIGINT):
-    """Ctrl-C (or another polite signal), again if need be, as a person does: an interrupt that lands in a callback of the event loop is lost. -> stdout, stderr"""
+    """Ctrl-C, again if need be, as a person does: an interrupt that lands in a callback of the event loop is lost. -> stdout, stderr"""
     for _ in range(4):
         process.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -235,9 +235,13 @@ def _publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
     """Checkpoint first, the frame last: its presence says that the run is finished."""
     scratch = folder / "checkpoint.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(scratch)
+    try:
+        model.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+    except Exception:  # a full disk: half a checkpoint is of no use to anybody, and the last one of Trainer's is kept
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     os.replace(scratch, folder / "checkpoint")
     buffer = io.BytesIO()

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dynamoe_lab.disk import disk_full, hold, let_go, locked, remove_leftovers, told_when_full, write_atomic
+from dynamoe_lab.disk import disk_full, hold, let_go, locked, no_space, remove_leftovers, told_when_full, write_atomic
 from dynamoe_lab.errors import InputError
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "hold",
     "let_go",
     "locked",
+    "no_space",
     "occupied",
     "read_json",
     "remove_leftovers",

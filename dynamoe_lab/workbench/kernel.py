@@ -20,6 +20,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError, strip_color
 
 from dynamoe_lab.workbench.environment import package_root
+from dynamoe_lab.workbench.files import disk_full, no_space
 from dynamoe_lab.workbench.handover import CELLS_VARIABLE, RUNNER_VARIABLE
 from dynamoe_lab.workbench.records import RunError
 from dynamoe_lab.workbench.steps import RECOMPUTE_VARIABLE
@@ -241,6 +242,8 @@ def execute(
     except KeyboardInterrupt:
         return _located(heartbeat, RunError(INTERRUPTED, "stopped by Ctrl-C or a signal; the same command goes on"))
     except Exception as error:
+        if disk_full(error):  # papermill saves as it goes
+            return _located(heartbeat, RunError("InputError", no_space(saved.parent, "free some, or choose another --output")))
         message = str(error).strip().splitlines()
         return _located(heartbeat, RunError(type(error).__name__, message[0] if message else "no message", traceback=message[1:][-12:]))
     return None

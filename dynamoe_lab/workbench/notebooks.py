@@ -18,7 +18,7 @@ from typing import Any
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
-from dynamoe_lab.workbench.files import disk_full, locked, remove_leftovers, told_when_full, without_paths, write_atomic
+from dynamoe_lab.workbench.files import disk_full, locked, no_space, remove_leftovers, told_when_full, without_paths, write_atomic
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.handover import notebook_lock
 from dynamoe_lab.workbench.parameters import Parameter, read_parameters, split_given, unknown_parameter
@@ -272,7 +272,8 @@ def _close(job: Job, saved: Path, error: RunError | None, began: str, seconds: f
         record.results.notebook = []
         if error is None:
             run.status, run.key = FAILED, ""
-            run.error = RunError(type(full).__name__, "no space left for the executed notebook; free some and give the same command again")
+            told = no_space(job.folder, "none for the executed notebook; free some, or choose another --output")
+            run.error = RunError("InputError", without_paths(told, job.root))
         record.write(job.folder)
     return record
 
