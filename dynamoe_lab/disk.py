@@ -54,7 +54,14 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an exception, or one that caused it, says that there is no space left."""
+    """Whether an exception, or one that caused it, says that there is no space left.
+
+    >>> from dynamoe_lab.disk import disk_full
+    >>> disk_full(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    True
+    >>> disk_full(PermissionError(13, "Permission denied"))
+    False
+    """
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:

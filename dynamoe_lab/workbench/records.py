@@ -197,7 +197,12 @@ def now() -> str:
 
 
 def place_text(place: RunError | Place | None) -> str:
-    """` in cell 3 (Train the router), step train`; empty where nothing is known."""
+    """Where, to be put behind a word; empty where nothing is known.
+
+    >>> from dynamoe_lab.workbench.records import Place, place_text
+    >>> "failed" + place_text(Place(3, "Train the router", step="train"))
+    'failed in cell 3 (Train the router), step train'
+    """
     if place is None:
         return ""
     cell = f" in cell {place.cell}" + (f" ({place.heading})" if place.heading else "") if place.cell else ""
