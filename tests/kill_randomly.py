@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -191,9 +191,37 @@ def dies(pids: list[int], within: float = 20.0) -> bool:
 # --- the check ----------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Round:
+    """Runners that share a cache, and what was left alone when one of them was killed."""
+
+    folder: Path
+    runners: list[Runner]
+    orphans: list[int] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        return "pair" if len(self.runners) == 2 else "alone"
+
+    def wait(self, seconds: float) -> list[Runner]:
+        """Wait, at most until all have ended; returns those that run."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and any(runner.running for runner in self.runners):
+            time.sleep(0.05)
+        return [runner for runner in self.runners if runner.running]
+
+    def finish(self, calm: Runner) -> int:
+        """Let the commands end, which have to end well, and compare what they made; returns how many files were compared."""
+        for runner in self.runners:
+            code = runner.process.wait(timeout=3600)
+            assert code == 0, Path(f"{runner.report}.log").read_text()[-3000:]
+        assert dies(self.orphans), f"orphans are alive: {self.orphans}"
+        return compare_homes(calm.home, self.runners[0].home) + sum(compare_reports(calm.report, each.report) for each in self.runners)
+
+
 def main(kills: int = 25, seed: int = 0) -> int:
-    chance, done, rounds, struck = random.Random(seed), 0, 0, Counter()
-    began = time.monotonic()
+    """Rounds until so many moments are over; 0 if every one ended well, else an AssertionError says what differs."""
+    chance, done, number, struck, began = random.Random(seed), 0, 0, Counter(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kill-") as scratch:
         calm = Runner(home_with_assets(Path(scratch, "calm")), Path(scratch, "report-calm"))
         calm.start()
@@ -201,45 +229,35 @@ def main(kills: int = 25, seed: int = 0) -> int:
         length = time.monotonic() - began
         print(f"undisturbed: {length:.0f} s", flush=True)
         while done < kills:
-            rounds += 1
-            folder = Path(scratch, f"round-{rounds}")
-            folder.mkdir()
-            home, pair = home_with_assets(folder / "home"), rounds % 2 == 0
-            runners = [Runner(home, folder / f"report-{name}") for name in ("ab" if pair else "a")]
-            orphans: list[int] = []
-            for runner in runners:
-                runner.start()
-            again = True
-            while again and done < kills:
-                until = time.monotonic() + chance.uniform(1.0, length * (1.5 if pair else 1.0))
-                while time.monotonic() < until and any(runner.running for runner in runners):
-                    time.sleep(0.05)
-                victims = [runner for runner in runners if runner.running]
-                if not victims:  # it ended first
-                    break
-                if len(victims) == 2 and chance.random() < 0.5:
-                    victims = [chance.choice(victims)]
-                for runner in victims:
-                    target = chance.choice(TARGETS)
-                    told, left = strike(runner, target)
-                    orphans += left
-                    struck[f"{'pair' if pair else 'alone'}, {target}"] += 1
-                    print(f"kill {done + 1}, round {rounds}, {len(victims)} of {len(runners)}: {told}", flush=True)
+            number += 1
+            (folder := Path(scratch, f"round-{number}")).mkdir()
+            home = home_with_assets(folder / "home")
+            this = Round(folder, [Runner(home, folder / f"report-{name}") for name in ("a", "ab")[number % 2 == 0]])
+            try:
+                for runner in this.runners:
                     runner.start()
-                done += 1
-                again = chance.random() < 0.5
-            for runner in runners:
-                code = runner.process.wait(timeout=20 * length)
-                assert code == 0, Path(f"{runner.report}.log").read_text()[-3000:]
-            assert dies(orphans), f"orphans are alive: {orphans}"
-            files = compare_homes(calm.home, home) + sum(compare_reports(calm.report, runner.report) for runner in runners)
-            print(
-                f"round {rounds} ({'pair' if pair else 'alone'}) finished: {files} files equal, {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
+                again = True
+                while again and done < kills and (victims := this.wait(chance.uniform(1.0, length * len(this.runners) ** 0.5))):
+                    if len(victims) == 2 and chance.random() < 0.5:
+                        victims = [chance.choice(victims)]
+                    done += 1
+                    for runner in victims:
+                        target = chance.choice(TARGETS)
+                        told, left = strike(runner, target)
+                        this.orphans += left
+                        struck[f"{this.kind}, {target}"] += 1
+                        print(f"kill {done}, round {number}, {len(victims)} of {len(this.runners)}: {told}", flush=True)
+                        runner.start()
+                    again = chance.random() < 0.5
+                files = this.finish(calm)
+            finally:
+                for runner in this.runners:
+                    if runner.process is not None and runner.running:
+                        kill(runner.process)
+            print(f"round {number} ({this.kind}) ended well: {files} files equal, {time.monotonic() - began:.0f} s", flush=True)
             shutil.rmtree(folder)
     print(json.dumps(struck))
-    print(f"{done} of {done} kills survived in {rounds} rounds: same tables, same weights; {time.monotonic() - began:.0f} s")
+    print(f"{done} of {done} kills survived in {number} rounds: same tables, same weights; {time.monotonic() - began:.0f} s")
     return 0
 
 
