@@ -9,6 +9,7 @@ back is compared with the digests of what was written; a folder in which a file 
 
 import difflib
 import errno
+import glob
 import hashlib
 import json
 import lzma
@@ -17,16 +18,18 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dynamoe_lab.digests import file_digest
+from dynamoe_lab.disk import disk_full, locked
 from dynamoe_lab.errors import InputError, first_line
 
 __all__ = ["ASSETS", "Asset", "build_once", "fetch", "home"]
@@ -157,14 +160,15 @@ def build_once(folder: Path, identity: dict[str, Any], build: Callable[[Path], N
     """
     if _is_complete(folder, identity):  # the common case takes no lock, so a read-only cache works
         return folder
-    partial = folder.with_name(f".{folder.name}.partial")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f".{folder.name}.lock"), what):
+        with locked(folder.with_name(f".{folder.name}.lock"), waits_for=what):
             if _is_complete(folder, identity):
                 return folder
-            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-            partial.mkdir()
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*partial"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            # A name of its own: a download that outlives its killed process must not write into ours.
+            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
+            partial.chmod(0o755)
             try:
                 build(partial)
                 files = {path.relative_to(partial).as_posix(): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
@@ -209,27 +213,10 @@ def _seal(folder: Path, manifest: dict[str, Any]) -> None:
         os.replace(fresh, folder / MANIFEST)
 
 
-@contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock at `path`; the system releases it when a process dies. Says on stderr what is waited for."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that prepares {what}", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _disk_trouble(error: Exception, megabytes: int) -> str | None:
-    """What to tell about an error of the file system; None for any other error. Libraries report a full disk in words only."""
+    """What to tell about an error of the file system; None for any other error."""
     code = error.errno if isinstance(error, OSError) else None
-    if code in (errno.ENOSPC, errno.EDQUOT) or "no space left on device" in str(error).lower():
+    if disk_full(error):
         return f"is full: about {megabytes} MB are needed; free some space"
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return f"cannot be written ({error.strerror}: {error.filename}); make it writable"

@@ -273,6 +273,7 @@ READERS: dict[str, Callable[[Path], Iterator[str]]] = {
 def _read_hub(name: str) -> Iterator[str]:
     """Stream the split `train` of a Hub dataset. A failure of the network on the way ends as an error, never as a shorter text."""
     from datasets import load_dataset
+    from httpx import HTTPError
 
     identity, _, config = name.partition(":")
     try:
@@ -286,6 +287,7 @@ def _read_hub(name: str) -> Iterator[str]:
         RuntimeError,
         LookupError,
         TypeError,
+        HTTPError,
     ) as error:  # RuntimeError: a dataset that is a script, which is not run
         raise InputError(
             f"text {name!r}: no such file or folder, and the Hub did not give this dataset ({first_line(error)}); "

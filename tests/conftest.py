@@ -98,10 +98,10 @@ def make_tomoe(family: str = "llama", *, dense=None, **changes):
     return convert(make_dense(family) if dense is None else dense, ToMoEConfig(**values))
 
 
-def interrupt(process):
+def interrupt(process, number=signal.SIGINT):
     """Ctrl-C, again if need be, as a person does: an interrupt that lands in a callback of the event loop is lost. -> stdout, stderr"""
     for _ in range(4):
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=30)
     process.kill()

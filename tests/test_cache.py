@@ -159,6 +159,15 @@ def test_what_a_process_makes_or_uses_is_kept_and_said(kept):
     assert names(free(home, choose(survey(home, reports), everything=True))[0]) >= {used.folder.name, "train-0123456789abcdef"}
 
 
+def test_an_asset_that_is_being_made_is_kept(tmp_path):
+    (partial := tmp_path / "assets" / ".text.ab12_cd9.partial").mkdir(parents=True)
+    with locked(tmp_path / "assets" / ".text.lock"):
+        gone, rest = free(tmp_path, choose(survey(tmp_path, tmp_path / "reports"), scratch=True))
+    assert (gone, rest[0][1]) == ([], f"being made by pid {os.getpid()}")
+    assert names(free(tmp_path, choose(survey(tmp_path, tmp_path / "reports"), scratch=True))[0]) == {partial.name}
+    assert not partial.exists()
+
+
 def test_a_step_that_this_process_was_given_is_held(tmp_path):
     step = run_step(numbers, (3,), home=tmp_path)
     gone, rest = free(tmp_path, choose(survey(tmp_path, tmp_path / "reports"), unused=True))

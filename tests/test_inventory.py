@@ -17,7 +17,7 @@ from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.inputs import named_files
 from dynamoe_lab.workbench.inventory import find_run, list_runs, list_steps, run_rows, table_text
-from dynamoe_lab.workbench.records import RunError, StoredFile, load_record
+from dynamoe_lab.workbench.records import Place, RunError, StoredFile, load_record
 from dynamoe_lab.workbench.runlog import RunLog
 from dynamoe_lab.workbench.showing import run_facts, show_run
 from dynamoe_lab.workbench.steps import run_step
@@ -244,3 +244,19 @@ def test_columns_are_aligned():
     text = table_text(("name", "n"), [("a", "1"), ("longer", "1,000")], right=("n",))
     assert text.splitlines() == ["name        n", "a           1", "longer  1,000"]
     assert table_text(("name", "text"), [("a", "b" * 30)], width=20).splitlines()[1] == f"a     {'b' * 11}..."
+
+
+def test_of_a_killed_run_it_is_told_where_it_was(project):
+    folder = project / "reports" / "quick" / "04_router_confusion"
+    folder.mkdir(parents=True)
+    make_record("04_router_confusion", status="running", at=Place(3, "Train the routers", step="train")).write(folder)
+    with RunLog(folder) as log:
+        log.line("the last it said")
+    told = show_run(folder, project)
+    assert "its process ended in cell 3 (Train the routers), step train; the same command goes on" in told
+    assert "the last it said" in told
+    stopped = RunError("Interrupted", "stopped by Ctrl-C", 3, "Train the routers", step="train")
+    make_record("04_router_confusion", status="interrupted", error=stopped).write(folder)
+    told = show_run(folder, project)
+    assert "Interrupted in cell 3 (Train the routers), step train: stopped by Ctrl-C" in told
+    assert "its process ended" not in told

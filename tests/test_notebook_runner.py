@@ -1,11 +1,14 @@
 """The notebook runner: what is refused before a kernel starts, what is told while one runs, and what is kept however it ends."""
 
+import errno
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -16,7 +19,7 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import notebooks
 from dynamoe_lab.workbench.export import introduction, notebook_html
 from dynamoe_lab.workbench.notebooks import prepare, run_notebook, run_notebooks, select
-from dynamoe_lab.workbench.records import effective_status, load_record
+from dynamoe_lab.workbench.records import RunError, effective_status, load_record, place_text
 
 CHECKOUT = Path(__file__).parents[1]
 PARAMETERS = 'profile: str = "smoke"  # a profile\noverrides: list = []\noutput: str = ""\n'
@@ -220,6 +223,48 @@ def test_the_page_keeps_markup_and_drops_what_runs_or_loads():
     assert "@import" not in page
 
 
+def test_a_full_disk_still_says_how_a_notebook_ended(project, monkeypatch, capsys):
+    """No space for the executed notebook: it goes, and the record tells the cell and the step."""
+    import dynamoe_lab as lab
+    from dynamoe_lab.workbench import handover, kernel
+
+    path = write_notebook(project, "01_a", ["print(1)"])
+
+    def dies_in_a_step(nb, saved, **_):
+        run = lab.start("01_a", profile="smoke", output="reports/smoke")
+        monkeypatch.setenv(handover.CELLS_VARIABLE, json.dumps([[3, "Train"]]))
+        monkeypatch.setattr(handover, "_shell", lambda: SimpleNamespace(user_ns={"In": ["", "train()"]}))
+        run._write(step="train")
+        saved.write_text("{")  # papermill could not write all of it
+        return RunError("DeadKernel", "the kernel died (out of memory?)", 3, "Train")
+
+    monkeypatch.setenv(handover.RUNNER_VARIABLE, "01_a")
+    monkeypatch.setattr(kernel, "execute", dies_in_a_step)
+    (job,) = prepare([path], profile="smoke")
+    assert run_notebook(job) == "failed"
+    assert "01_a  failed in cell 3 (Train), step train: DeadKernel: the kernel died" in capsys.readouterr().out
+    run = load_record(job.folder).run
+    assert (run.status, run.error.step, run.at) == ("failed", "train", None)
+    assert sorted(item.name for item in job.folder.iterdir()) == ["record.json", "run.log"]
+    assert "failed in cell 3 (Train), step train: DeadKernel" in (job.folder / "run.log").read_text()
+
+    def full(job, saved):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def ends_well(nb, saved, **_):
+        saved.write_text("{}")
+        lab.start("01_a", profile="smoke", output="reports/smoke").finish()
+
+    monkeypatch.setattr(kernel, "execute", ends_well)
+    monkeypatch.setattr(notebooks, "_keep_notebook", full)
+    for _ in range(2):  # it is not up to date
+        with pytest.raises(InputError, match=r"01_a: no space left in .*/01_a: .*MB free; none for the executed notebook; free some"):
+            run_notebook(job)
+    run = load_record(job.folder).run
+    assert (run.status, run.error.message.startswith("no space left in ./reports/smoke/01_a")) == ("failed", True)
+    assert not list(job.folder.glob("*notebook*")) + list(job.folder.glob(".running*"))
+
+
 # --- with kernels ------------------------------------------------------------------------------------------------------------------
 
 
@@ -327,7 +372,11 @@ def test_the_heartbeat_tells_the_last_line_while_a_cell_runs(project, capsys):
 
 
 def test_a_report_is_written_by_one_run_at_a_time_and_an_interrupt_is_told(project):
-    write_notebook(project, "06_waits", ["import time\nprint('here', flush=True)\ntime.sleep(60)"])
+    (project / "slowly.py").write_text(
+        "import time\ndef wait(seconds: int) -> int:\n    print('here', flush=True)\n    time.sleep(seconds)\n"
+    )
+    start = 'import slowly\nimport dynamoe_lab as lab\nrun = lab.start("06_waits", profile=profile, output=output)'
+    write_notebook(project, "06_waits", ["", start, "## Wait", "run.step(slowly.wait, 60)"])
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1"}
     script = "from dynamoe_lab.workbench.notebooks import run_notebooks; run_notebooks(profile='smoke', every=0.3)"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -337,10 +386,14 @@ def test_a_report_is_written_by_one_run_at_a_time_and_an_interrupt_is_told(proje
     with pytest.raises(InputError, match=f"reports/smoke is being written by pid {process.pid}"):
         run_notebooks(profile="smoke")
     folder = project / "reports" / "smoke" / "06_waits"
-    assert effective_status(load_record(folder)) == "running"
+    record = load_record(folder)
+    assert effective_status(record) == "running"
+    assert place_text(record.run.at) == " in cell 4 (Wait), step wait", "this is what a kill -9 would leave"
     _, err = interrupt(process)
     assert "KeyboardInterrupt" in err
-    assert load_record(folder).run.status == "interrupted"
+    run = load_record(folder).run
+    assert (run.status, run.error.type, run.at) == ("interrupted", "Interrupted", None)
+    assert place_text(run.error) == " in cell 4 (Wait), step wait"
     assert (folder / "notebook.ipynb").is_file()
 
 

@@ -1,5 +1,9 @@
 """The log of a run: every line, in order, without colours, bars and folders of this machine, and never too large."""
 
+from pathlib import Path
+
+import pytest
+
 from dynamoe_lab.workbench import runlog
 from dynamoe_lab.workbench.runlog import RunLog, log_tail
 
@@ -44,3 +48,14 @@ def test_the_log_is_capped_and_keeps_the_newest_lines(tmp_path, monkeypatch):
     assert "line 7\n" not in text
     with RunLog(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run.log"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_takes_lines_not_the_run(tmp_path, capfd):
+    with Path("/dev/full").open("w") as full, RunLog(tmp_path) as log:
+        log.line("fits")
+        log._handler.setStream(full).close()
+        log.line("does not")
+        log.heard("nor this")
+    assert said(tmp_path) == ["fits"]
+    assert capfd.readouterr().err == ""

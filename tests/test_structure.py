@@ -23,7 +23,8 @@ ALLOWED = {
     "models": set(),
     "config": {"models"},
     "digests": set(),
-    "assets": {"digests"},
+    "disk": set(),
+    "assets": {"digests", "disk"},
     "texts": {"assets"},
     "vetting": set(),
     "loading": {"assets", "models", "vetting"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "token_classes": set(),
     "analysis": set(),
     "conversion": {"config", "assets", "loading", "data", "models"},
-    "training": {"config", "assets", "loading", "data", "models"},
+    "training": {"config", "disk", "assets", "loading", "data", "models"},
     "evaluation": {
         "config",
         "assets",
@@ -43,7 +44,20 @@ ALLOWED = {
         "analysis.statistics",
         "analysis.perplexity_ratio",
     },
-    "workbench": {"config", "digests", "assets", "loading", "texts", "data", "models", "conversion", "training", "evaluation", "analysis"},
+    "workbench": {
+        "config",
+        "digests",
+        "disk",
+        "assets",
+        "loading",
+        "texts",
+        "data",
+        "models",
+        "conversion",
+        "training",
+        "evaluation",
+        "analysis",
+    },
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

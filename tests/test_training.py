@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -273,13 +276,90 @@ def test_progress_lines(tmp_path, capsys):
     assert all(word in lines[-1] for word in ("LM loss", "accuracy", "active", "tokens/s"))
 
 
-def test_incomplete_checkpoints_are_not_resumed(tmp_path, capsys):
-    broken = tmp_path / "trainer" / "checkpoint-5"
-    broken.mkdir(parents=True)
-    (broken / "trainer_state.json").write_text('{"global_step": 5, ')
-    steps = train(make_converted(), make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
-    assert len(steps) == 6
-    assert "removed the incomplete checkpoint checkpoint-5" in capsys.readouterr().out
+def _stopped_after(folder, monkeypatch) -> None:
+    """Train until the result would be published; what is left is the last checkpoint."""
+    from dynamoe_lab.training import run as running
+
+    publish = running._publish
+    monkeypatch.setattr(running, "_publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(make_converted(), make_blocks(16), CONFIG, output_dir=folder, progress=False)
+    monkeypatch.setattr(running, "_publish", publish)
+    (last,) = (folder / "trainer").glob("checkpoint-*")
+    assert last.name == "checkpoint-6"
+
+
+DAMAGES = {
+    "a state cut off": lambda folder: _cut(folder / "trainer_state.json"),
+    "no state": lambda folder: (folder / "trainer_state.json").unlink(),
+    "a state that is none": lambda folder: (folder / "trainer_state.json").write_text("[]"),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "weights cut off": lambda folder: _cut(folder / "model.safetensors"),
+    "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
+    "an optimizer cut off": lambda folder: _cut(folder / "optimizer.pt"),
+    "no schedule": lambda folder: (folder / "scheduler.pt").unlink(),
+    "no random state": lambda folder: (folder / "rng_state.pth").unlink(),
+    "nothing": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_only_a_whole_checkpoint_is_resumed(tmp_path, monkeypatch, capsys):
+    """Damaged in any way, a checkpoint goes with one line on stderr, and the older whole one is taken; a whole one stays."""
+    from dynamoe_lab.training.resume import complete_checkpoint
+
+    _stopped_after(tmp_path / "run", monkeypatch)
+    whole = tmp_path / "run" / "trainer" / "checkpoint-6"
+    capsys.readouterr()
+    assert complete_checkpoint(whole.parent) == whole
+    assert capsys.readouterr().err == ""
+    for name, damage in DAMAGES.items():
+        place = tmp_path / name
+        shutil.copytree(whole, place / "checkpoint-4")
+        shutil.copytree(whole, place / "checkpoint-6")
+        damage(place / "checkpoint-6")
+        assert complete_checkpoint(place) == place / "checkpoint-4", name
+        assert re.fullmatch(r"removed the incomplete checkpoint checkpoint-6 \(.+\)\n", capsys.readouterr().err), name
+        assert [path.name for path in place.iterdir()] == ["checkpoint-4"]
+    damage(place / "checkpoint-4")
+    assert complete_checkpoint(place) is None
+    assert not list(place.iterdir())
+
+
+def test_a_damaged_checkpoint_is_trained_again_to_the_same_weights(tmp_path, monkeypatch, capsys):
+    whole = make_converted()
+    expected = train(whole, make_blocks(16), CONFIG, output_dir=tmp_path / "whole", progress=False)
+    _stopped_after(tmp_path / "killed", monkeypatch)
+    (tmp_path / "killed" / "trainer" / "checkpoint-6" / "optimizer.pt").unlink()  # Trainer would go on without and say nothing
+    model = make_converted()
+    steps = train(model, make_blocks(16), CONFIG, output_dir=tmp_path / "killed", progress=False)
+    assert "removed the incomplete checkpoint checkpoint-6 (no optimizer.pt)\n" in capsys.readouterr().err
+    pd.testing.assert_frame_equal(steps.drop(columns="seconds"), expected.drop(columns="seconds"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights(whole).items())
+
+
+def test_a_claim_that_cannot_be_read_is_told(tmp_path):
+    (tmp_path / "train.json").write_text('{"config": ')
+    with pytest.raises(InputError, match=r"train\.json cannot be read.*choose another output_dir or remove it"):
+        train(make_converted(), make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+
+
+def test_one_call_at_a_time_trains_in_a_folder(tmp_path, capsys):
+    """The second one waits, says for what, and reads back what the first one made; a process of one training's many does not wait."""
+    models, frames = [make_converted(), make_converted()], {}
+
+    def call(number: int) -> None:
+        frames[number] = train(models[number], make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(call, range(2)))
+    pd.testing.assert_frame_equal(frames[0], frames[1])  # seconds, too: one of them was read
+    assert all(torch.equal(value, models[1].state_dict()[name]) for name, value in weights(models[0]).items())
+    assert f"waiting for the training in {tmp_path.name}/, held by pid {os.getpid()}\n" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "steps.parquet", "train.json"]
 
 
 PROGRAM = """

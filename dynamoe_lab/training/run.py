@@ -5,11 +5,12 @@ model's class decides what learns, see `TRAINERS`.
 """
 
 import dataclasses
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -20,13 +21,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from dynamoe_lab.config import TrainSettings
 from dynamoe_lab.data import Blocks, require_blocks
+from dynamoe_lab.disk import locked, remove_leftovers, write_atomic
 from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.models import DynaMoEMixin, RoutedMixin, ToMoEMixin
 from dynamoe_lab.training.dynamoe import DynaMoETrainer
+from dynamoe_lab.training.resume import complete_checkpoint
 from dynamoe_lab.training.tomoe import ToMoETrainer
-from dynamoe_lab.training.trainer import MethodTrainer, complete_checkpoint, steps_frame
+from dynamoe_lab.training.trainer import MethodTrainer, steps_frame
 
-__all__ = ["TRAINERS", "train"]
+__all__ = ["LOCK", "TRAINERS", "train"]
+
+LOCK = "train.lock"  # in a folder that is being trained in
 
 # A method's class of models -> who trains them. See docs/extending.md, "A method".
 TRAINERS: dict[type[RoutedMixin], type[MethodTrainer]] = {DynaMoEMixin: DynaMoETrainer, ToMoEMixin: ToMoETrainer}
@@ -86,10 +91,42 @@ def train(
     heldout = _heldout_of(heldout, config)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, model, blocks, heldout, config)
-    if (folder / "steps.parquet").is_file():
-        return _read_back(model, folder)
+    with _alone(folder):
+        _claim(folder, model, blocks, heldout, config)
+        if (folder / "steps.parquet").is_file():
+            return _read_back(model, folder)
+        return _train(model, kind, blocks, heldout, config, folder, tokenizer=tokenizer, run=run, progress=progress)
 
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One call at a time trains in a folder; another waits and then reads back. The ranks of one training share it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield
+        return
+    lock = folder / LOCK
+    with locked(lock, waits_for=f"the training in {folder.name}/"):
+        remove_leftovers(folder)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it is no part of the result; some systems keep a file that is open
+                lock.unlink()
+
+
+def _train(
+    model: PreTrainedModel,
+    kind: type[MethodTrainer],
+    blocks: Blocks,
+    heldout: Blocks | None,
+    config: TrainSettings,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    run: str,
+    progress: bool,
+) -> pd.DataFrame:
+    """`train` in a folder that is ours and not finished."""
     columns = kind.step_columns(heldout=heldout is not None)
     if config.steps == 0:  # Trainer would take 0 for three epochs
         dtypes = {"run": "str"} | {name: "int64" if name in ("step", "tokens") else "float64" for name in columns}
@@ -182,10 +219,16 @@ def _claim(folder: Path, model: PreTrainedModel, blocks: Blocks, heldout: Blocks
         "weights": _weights_digest(model),
     }
     path = folder / "train.json"
-    if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(inputs)):
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise InputError(
+            f"train: {folder.name}/train.json cannot be read ({first_line(error)}); choose another output_dir or remove it"
+        ) from error
+    if known is None:
+        write_atomic(path, json.dumps(inputs, indent=1, sort_keys=True))
+    elif known != json.loads(json.dumps(inputs)):
         raise InputError(f"train: {folder.name}/ holds a run with other inputs; choose another output_dir or remove it")
-    path.with_suffix(".tmp").write_text(json.dumps(inputs, indent=1, sort_keys=True))
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 def _weights_digest(model: PreTrainedModel) -> str:
@@ -200,13 +243,18 @@ def _publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
     """Checkpoint first, the frame last: its presence says that the run is finished."""
     scratch = folder / "checkpoint.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(scratch)
+    try:
+        model.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+    except Exception:  # a full disk: half a checkpoint is of no use to anybody, and the last one of Trainer's is kept
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     os.replace(scratch, folder / "checkpoint")
-    steps.to_parquet(folder / "steps.tmp")
-    os.replace(folder / "steps.tmp", folder / "steps.parquet")
+    buffer = io.BytesIO()
+    steps.to_parquet(buffer)
+    write_atomic(folder / "steps.parquet", buffer.getvalue())
     shutil.rmtree(folder / "trainer", ignore_errors=True)
 
 

@@ -6,9 +6,7 @@ resumed is whole. Trainer's resume files (optimizer, random state) stay below `o
 """
 
 import dataclasses
-import json
 import math
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,8 +20,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dynamoe_lab.config import TrainSettings
 from dynamoe_lab.data import Blocks
+from dynamoe_lab.training.resume import complete_checkpoint
 
-__all__ = ["BlockDataset", "MethodTrainer", "TrainingDiverged", "complete_checkpoint", "steps_frame", "training_arguments"]
+__all__ = ["BlockDataset", "MethodTrainer", "TrainingDiverged", "steps_frame", "training_arguments"]
 
 
 class TrainingDiverged(RuntimeError):
@@ -74,22 +73,6 @@ def training_arguments(config: TrainSettings, folder: Path, device: str, *, bloc
         dataloader_drop_last=blocks >= config.batch_size,
         remove_unused_columns=False,
     )
-
-
-def complete_checkpoint(folder: Path) -> Path | None:
-    """The newest complete Trainer checkpoint below `folder`, or None; incomplete ones are removed with a line each.
-
-    Trainer writes `trainer_state.json` last, so a checkpoint is complete exactly if that file parses.
-    """
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
-            complete.append((step, path))
-        except (OSError, ValueError, KeyError):
-            print(f"removed the incomplete checkpoint {path.name}", flush=True)
-            shutil.rmtree(path, ignore_errors=True)
-    return max(complete)[1] if complete else None
 
 
 class MethodTrainer(Trainer):

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.cells import Inputs, check_modes
-from dynamoe_lab.workbench.files import locked, read_json, require_writable, told_when_full, write_atomic, write_json
+from dynamoe_lab.workbench.files import (
+    folder_lock,
+    locked,
+    occupied,
+    read_json,
+    remove_leftovers,
+    require_writable,
+    told_when_full,
+    write_atomic,
+    write_json,
+)
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.inventory import table_text
 from dynamoe_lab.workbench.parameters import whole_number
@@ -79,7 +89,7 @@ def score_to_folder(
             )
     experiment, tasks = _experiment(model, given), list(tasks or TASKS)
     require_writable(output)
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / SETTINGS).is_file())):
+    if occupied(output) and not (output / SETTINGS).is_file():
         raise InputError(f"{output}: not an empty folder, and no scores to go on with; choose another --output, or remove it")
     trust = {"trust_remote_code": experiment.trust_remote_code}
     names = list(load_tasks(tasks, **trust))  # a wrong name or missing data is told before a model is loaded
@@ -184,8 +194,8 @@ def _add(output: Path, settings: dict[str, Any], source: dict[str, str], fresh: 
     """Put a task into the folder's tables, which another process may be writing, too; returns table `scores`."""
     import pandas as pd
 
-    lock = home / "locks" / f"eval-{fingerprint(str(output.resolve()))[:16]}.lock"
-    with locked(lock, waits_for=f"the tables of {output}"):
+    with locked(folder_lock(home, output), waits_for=f"the tables of {output}"):
+        remove_leftovers(output)
         found = _found(output, settings)
         _check_sources(output, source)
         before = read_json(output / SETTINGS).get("tasks", {}) if (output / SETTINGS).is_file() else {}

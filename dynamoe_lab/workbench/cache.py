@@ -256,7 +256,8 @@ def _remove(home: Path, entry: Entry) -> str:
     if entry.kind == "damaged":
         shutil.rmtree(entry.path)
         return ""
-    label = entry.name.removeprefix(".").removesuffix(".partial").removesuffix(".old")
+    # `.name.xxxxxxxx.partial` is being made, `.name.partial` was being freed, `name.old` is a stale step that was being replaced
+    label = re.sub(r"(\.[a-z0-9_]{8})?\.partial$", "", entry.name.removeprefix(".")).removesuffix(".old")
     beside = entry.path.parent.name in ("assets", "models")
     lock = entry.path.with_name(f".{label}.lock") if beside else home / "locks" / f"{label}.lock"
     with locked(lock, refuses="being made by pid {pid}"):

@@ -1,9 +1,11 @@
 """`dynamoe-lab convert`, `train` and `export`: the library on one model, from a shell, into a folder that any transformers script loads."""
 
+import glob
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.cells import Inputs
-from dynamoe_lab.workbench.files import require_writable, told_when_full, without_paths, write_atomic, write_json
+from dynamoe_lab.workbench.files import (
+    folder_lock,
+    locked,
+    occupied,
+    require_writable,
+    told_when_full,
+    without_paths,
+    write_atomic,
+    write_json,
+)
 from dynamoe_lab.workbench.steps import run_step
 
 if TYPE_CHECKING:
@@ -20,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["convert_to_folder", "export_to_folder", "train_to_folder"]
 
 SETTINGS = "dynamoe_lab.json"  # beside the weights: the experiment that made them
+MOVED = ".moved"  # in the scratch folder: names of the files that go into a folder that was there already
 
 
 def _experiment(model: str, profile: str, given: Sequence[str]) -> "Experiment":
@@ -44,16 +56,38 @@ def _described(model: Any) -> str:
     return f"{model.moe.num_experts} experts, on average {sum(widths) / len(widths):.1%} of an MLP, {total:,} parameters"
 
 
-def _new_folder(output: Path) -> None:
+@contextmanager
+def _new_folder(output: Path) -> Iterator[None]:
+    """Keep a folder that is new or empty for ourselves while it is being filled; what a killed command left in or beside it goes."""
+    from dynamoe_lab.assets import home
+
     require_writable(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: not an empty folder; choose another --output, or remove it")
+    refuses = f"{output}: is being written by pid {{pid}}; wait for it, or choose another --output"
+    with locked(folder_lock(home(), output), refuses=refuses):
+        folder = Path(os.path.abspath(output))
+        for left in [*folder.parent.glob(_scratch_name(folder, "*")), *folder.glob(_scratch_name(folder, "*"))]:
+            _take_back(left, folder)
+            shutil.rmtree(left, ignore_errors=True)
+        if occupied(output):
+            raise InputError(f"{output}: not an empty folder; choose another --output, or remove it")
+        yield
+
+
+def _scratch_name(folder: Path, whose: int | str) -> str:
+    return f".{folder.name if isinstance(whose, int) else glob.escape(folder.name)}.{whose}.tmp"
+
+
+def _take_back(scratch: Path, folder: Path) -> None:
+    """Remove what was moved from `scratch` into a folder before the rest could follow."""
+    names = (scratch / MOVED).read_text(encoding="utf-8").splitlines() if (scratch / MOVED).is_file() else []
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _save(model: Any, tokenizer: Any, output: Path, settings: dict[str, Any]) -> None:
     """Checkpoint, tokenizer and settings into a folder that is new or empty, all at once or not at all; config.json comes last."""
     folder = Path(os.path.abspath(output))  # `.` has no name of its own
-    there, name = folder.exists(), f".{folder.name}.{os.getpid()}.tmp"
+    there, name = folder.exists(), _scratch_name(folder, os.getpid())
     scratch = folder / name if there else folder.with_name(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with told_when_full(output, "free some, or choose another --output"):
@@ -62,11 +96,15 @@ def _save(model: Any, tokenizer: Any, output: Path, settings: dict[str, Any]) ->
             tokenizer.save_pretrained(scratch)
             write_json(scratch / SETTINGS, without_paths(json.loads(json.dumps(settings))))
             if there:
-                for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):
+                paths = sorted(scratch.iterdir(), key=lambda path: path.name == "config.json")
+                write_atomic(scratch / MOVED, "\n".join(path.name for path in paths))  # a kill in between: whose files these are
+                for path in paths:
                     os.replace(path, folder / path.name)
+                (scratch / MOVED).unlink()
             else:
                 os.replace(scratch, folder)
         finally:
+            _take_back(scratch, folder)  # of an error on the way
             shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -87,15 +125,15 @@ def convert_to_folder(
     from dynamoe_lab.conversion import convert
     from dynamoe_lab.models import METHOD_MIXINS
 
-    _new_folder(output)
-    experiment = _experiment(model, profile, given)
-    _check_given(given, model, experiment.method, converted=False)
-    environment.seed_generators(experiment.seed, experiment.threads)
-    inputs = Inputs()
-    dense, tokenizer = inputs.model(experiment)
-    text = {"calibration": inputs.blocks(experiment, "calibration")} if METHOD_MIXINS[experiment.method].calibrated else {}
-    converted = convert(dense, experiment.method_config, **text)
-    _save(converted, tokenizer, output, asdict(experiment))
+    with _new_folder(output):
+        experiment = _experiment(model, profile, given)
+        _check_given(given, model, experiment.method, converted=False)
+        environment.seed_generators(experiment.seed, experiment.threads)
+        inputs = Inputs()
+        dense, tokenizer = inputs.model(experiment)
+        text = {"calibration": inputs.blocks(experiment, "calibration")} if METHOD_MIXINS[experiment.method].calibrated else {}
+        converted = convert(dense, experiment.method_config, **text)
+        _save(converted, tokenizer, output, asdict(experiment))
     say(f"{_described(converted)}\nconverted: {output}")
 
 
@@ -113,10 +151,10 @@ def export_to_folder(checkpoint: str, output: Path, *, form: str = "tomoe", say:
     from dynamoe_lab.conversion import export
     from dynamoe_lab.loading import load_model
 
-    _new_folder(output)
-    masked, tokenizer = load_model(checkpoint)
-    deployed = export(masked, form=form)
-    _save(deployed, tokenizer, output, {"form": form, "moe": masked.config.moe})
+    with _new_folder(output):
+        masked, tokenizer = load_model(checkpoint)
+        deployed = export(masked, form=form)
+        _save(deployed, tokenizer, output, {"form": form, "moe": masked.config.moe})
     say(f"{_described(deployed)}\nexported: {output}")
 
 
@@ -159,9 +197,10 @@ def train_to_folder(
     from dynamoe_lab.conversion import calibrate, convert
     from dynamoe_lab.models import METHOD_MIXINS, RoutedMixin
     from dynamoe_lab.training import train
+    from dynamoe_lab.training.run import LOCK
 
     require_writable(output)
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "train.json").is_file())):
+    if occupied(output, LOCK) and not (output / "train.json").is_file():
         raise InputError(f"{output}: not an empty folder, and no run to go on with; choose another --output, or remove it")
     experiment = _experiment(model, profile, given)
     _check_steps(experiment)

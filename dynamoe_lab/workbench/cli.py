@@ -3,8 +3,8 @@
 
 Thin: every command is a call of a function of the workbench.
 
-Exit codes: 0 done, 1 a run failed, 2 bad input (one line on stderr, no traceback), 130 interrupted. Nothing heavy is imported before a
-command needs it, so `--help` answers at once.
+Exit codes: 0 done, 1 a run failed, 2 bad input (one line on stderr, no traceback), 130 interrupted (143: by SIGTERM or SIGHUP).
+Nothing heavy is imported before a command needs it, so `--help` answers at once.
 """
 
 import errno
@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import typer
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.cli_cache import free_cache, list_cache
-from dynamoe_lab.workbench.files import disk_full, require_writable
+from dynamoe_lab.workbench.files import disk_full, folder_lock, locked, require_writable
 
 __all__ = ["app", "main"]
 
@@ -48,6 +49,14 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
     _debug = debug
 
 
+class _Terminated(KeyboardInterrupt):
+    """A polite signal to end: what a batch system, a shutdown or a closed terminal sends."""
+
+
+def _terminated(signum: int, frame: object) -> None:
+    raise _Terminated
+
+
 def _answering(command: Callable) -> Callable:
     """Turn what a command raises into an exit code: bad input and a full disk 2, an interrupt 130; defects keep their traceback."""
 
@@ -55,13 +64,13 @@ def _answering(command: Callable) -> Callable:
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
             code = command(*args, **kwargs)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             typer.echo(
                 "dynamoe-lab: interrupted; finished steps and notebooks are kept, training goes on from its last checkpoint (one every "
                 "train.save_steps steps): give the same command again",
                 err=True,
             )
-            code = 130
+            code = 143 if isinstance(interrupt, _Terminated) else 130
         except (InputError, OSError) as error:
             refused = not isinstance(error, InputError) and error.errno in _REFUSED
             if not isinstance(error, InputError) and not disk_full(error) and not refused:
@@ -138,9 +147,11 @@ def sweep(
     chosen, root = load_sweep(file), project_root()
     folder = Path(os.path.abspath(output)) if output else root / "reports" / "sweeps" / chosen.name
     require_writable(folder)
-    result = run_sweep(chosen, profile=profile, overrides=parameter or (), jobs=jobs, home=home(), progress=typer.echo)
     command = sweep_command(file, profile, parameter or (), output)
-    csv = write_sweep(result, folder, root=root, command=command)
+    refuses = f"{os.path.relpath(folder)} is being written by pid {{pid}}; wait for it, or choose another --output"
+    with locked(folder_lock(home(), folder), refuses=refuses):
+        result = run_sweep(chosen, profile=profile, overrides=parameter or (), jobs=jobs, home=home(), progress=typer.echo)
+        csv = write_sweep(result, folder, root=root, command=command)
     typer.echo(f"table: {os.path.relpath(csv)}")
     if result.cells:  # `read_sweep` starts at the root, wherever the command is typed
         place = csv.relative_to(root).as_posix() if csv.is_relative_to(root) else str(csv)
@@ -321,4 +332,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a θ must not break a terminal that knows no Greek
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup has it ignored
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminated)
     app(prog_name="dynamoe-lab")

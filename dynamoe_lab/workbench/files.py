@@ -1,28 +1,30 @@
-"""Files the careful way: atomic writes, locks that name their holder, texts without paths of this machine.
+"""Files the careful way: JSON, texts without paths of this machine, and from `disk` atomic writes and locks.
 
 Notable: nothing here imports more than the standard library until it is called; all other modules of the workbench write through it.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
-import shutil
-import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dynamoe_lab.disk import disk_full, hold, let_go, locked, no_space, remove_leftovers, told_when_full, write_atomic
 from dynamoe_lab.errors import InputError, first_line
 
 __all__ = [
     "disk_full",
+    "folder_lock",
+    "hold",
+    "let_go",
     "locked",
+    "no_space",
+    "occupied",
     "read_json",
+    "remove_leftovers",
     "require_writable",
     "sha256",
     "told_when_full",
@@ -30,23 +32,6 @@ __all__ = [
     "write_atomic",
     "write_json",
 ]
-
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part: temporary sibling, fsync, rename."""
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes private files; results are meant to be read
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,63 +66,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def disk_full(error: BaseException) -> bool:
-    """Whether an exception, or one that caused it, says that there is no space left."""
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(link):  # safetensors and torch raise their own types
-            return True
-        link = link.__cause__ or link.__context__
-    return False
+def folder_lock(home: Path, folder: Path) -> Path:
+    """The lock file of an output folder, in the cache: nothing of ours but results lies in a folder that a person named."""
+    import xxhash
+
+    return home / "locks" / f"folder-{xxhash.xxh3_64(str(folder.resolve()).encode()).hexdigest()}.lock"
 
 
-@contextmanager
-def told_when_full(folder: Path, advice: str) -> Iterator[None]:
-    """Turn "no space left" inside the block into an `InputError` that names the folder and its free space."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, InputError) or not disk_full(error):
-            raise
-        with suppress(OSError):
-            existing = next(place for place in (folder, *folder.parents) if place.exists())
-            advice = f"{shutil.disk_usage(existing).free / 2**20:,.0f} MB free; {advice}"
-        raise InputError(f"no space left in {folder}: {advice}") from error
-
-
-@contextmanager
-def locked(path: Path, *, waits_for: str = "", refuses: str = "") -> Iterator[None]:
-    """Hold the lock file `path`; the operating system frees it when its holder dies, however it dies.
-
-    Args:
-        waits_for: if another process holds it, say on stderr that we wait for this, and wait.
-        refuses: instead of waiting raise `InputError(refuses)`; `{pid}` in it becomes the holder's process id.
-    """
-    from filelock import FileLock, Timeout
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        try:
-            holder = path.read_text().strip() or "?"
-        except OSError:  # Windows does not let others read a locked file
-            holder = "?"
-        if refuses:
-            raise InputError(refuses.replace("{pid}", holder)) from None
-        print(f"waiting for {waits_for}, held by pid {holder}", file=sys.stderr, flush=True)
-        lock.acquire(poll_interval=0.2)
-    try:
-        with suppress(OSError):
-            path.write_text(str(os.getpid()))
-        yield
-    finally:
-        lock.release()
+def occupied(folder: Path, *ours: str) -> bool:
+    """Whether something lies at `folder` that no command may write into: a file, or a folder with more than `ours` and leftovers."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(item.name not in ours and not (item.name.startswith(".") and item.name.endswith(".tmp")) for item in folder.iterdir())
 
 
 def without_paths(value: Any, root: Path | None = None) -> Any:

@@ -4,6 +4,7 @@ Papermill's own output claims that every cell completed even when the kernel die
 heartbeat says, at every cell and every 15 seconds, where a run is: notebook, cell n/N, the heading above it, time, the last line printed.
 """
 
+import json
 import logging
 import os
 import re
@@ -19,13 +20,15 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError, strip_color
 
 from dynamoe_lab.workbench.environment import package_root
+from dynamoe_lab.workbench.files import disk_full, no_space
+from dynamoe_lab.workbench.handover import CELLS_VARIABLE, RUNNER_VARIABLE
 from dynamoe_lab.workbench.records import RunError
 from dynamoe_lab.workbench.runlog import RunLog
-from dynamoe_lab.workbench.session import RUNNER_VARIABLE
 from dynamoe_lab.workbench.steps import RECOMPUTE_VARIABLE
 
-__all__ = ["Heartbeat", "execute", "seconds_text"]
+__all__ = ["INTERRUPTED", "Heartbeat", "execute", "seconds_text"]
 
+INTERRUPTED = "Interrupted"
 _ENGINE = "dynamoe-lab"
 _INJECTED = "injected-parameters"
 
@@ -42,6 +45,7 @@ def seconds_text(seconds: float) -> str:
 class _Cell:
     number: int  # code cells of the notebook count from 1; the injected parameters belong to the parameters cell
     heading: str
+    runs: bool = True  # it is not empty
 
 
 def _cells(nb: Any) -> dict[int, _Cell]:
@@ -53,7 +57,7 @@ def _cells(nb: Any) -> dict[int, _Cell]:
             heading = found[-1] if found else heading
         elif cell.cell_type == "code":
             number += _INJECTED not in cell.metadata.get("tags", [])
-            cells[position] = _Cell(number, heading)
+            cells[position] = _Cell(number, heading, bool(cell.source.strip()))
     return cells
 
 
@@ -79,6 +83,10 @@ class Heartbeat:
     def begin(self, nb: Any) -> None:
         """The notebook that runs, parameters injected."""
         self._cells = _cells(nb)
+
+    def places(self) -> list[tuple[int, str]]:
+        """Number and heading of the cells in the order in which a kernel counts them; it leaves empty ones out."""
+        return [(cell.number, cell.heading) for cell in self._cells.values() if cell.runs]
 
     def enter(self, position: int) -> None:
         """The cell at `position` starts."""
@@ -147,6 +155,7 @@ class HeartbeatEngine(NBClientEngine):
     ) -> None:
         """Run the cells of `nb_man.nb`; see papermill's engines."""
         heartbeat.begin(nb_man.nb)
+        environment = environment | {CELLS_VARIABLE: json.dumps(heartbeat.places())}
         client = _Client(
             nb_man,
             heartbeat,
@@ -216,7 +225,7 @@ def execute(
 ) -> RunError | None:
     """Run a notebook in a fresh kernel and save it, with what it printed, to `saved` as it goes; `log` hears all of it.
 
-    Returns None if every cell ran, else what went wrong and where. KeyboardInterrupt shuts the kernel down and goes on up.
+    Returns None if every cell ran, else what went wrong and where; of type INTERRUPTED if Ctrl-C or a signal stopped it, and its kernel.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -242,10 +251,15 @@ def execute(
             )
     except PapermillExecutionError as error:
         lines = [line for line in strip_color("\n".join(error.traceback)).splitlines() if line.strip()]
-        return _located(heartbeat, RunError(error.ename, error.evalue, traceback=lines[-40:]))
+        message = error.evalue or ("out of memory" if error.ename == "MemoryError" else "no message")
+        return _located(heartbeat, RunError(error.ename, message, traceback=lines[-40:]))
     except DeadKernelError:
         return _located(heartbeat, RunError("DeadKernel", "the kernel died (out of memory?)"))
+    except KeyboardInterrupt:
+        return _located(heartbeat, RunError(INTERRUPTED, "stopped by Ctrl-C or a signal; the same command goes on"))
     except Exception as error:
+        if disk_full(error):  # papermill saves as it goes
+            return _located(heartbeat, RunError("InputError", no_space(saved.parent, "free some, or choose another --output")))
         message = str(error).strip().splitlines()
         return _located(heartbeat, RunError(type(error).__name__, message[0] if message else "no message", traceback=message[1:][-12:]))
     return None

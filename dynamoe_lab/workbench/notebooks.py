@@ -18,11 +18,31 @@ from typing import Any
 
 from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.workbench import environment
-from dynamoe_lab.workbench.files import locked, require_writable, told_when_full, without_paths, write_atomic
+from dynamoe_lab.workbench.files import (
+    disk_full,
+    locked,
+    no_space,
+    remove_leftovers,
+    require_writable,
+    told_when_full,
+    without_paths,
+    write_atomic,
+)
 from dynamoe_lab.workbench.fingerprint import fingerprint
+from dynamoe_lab.workbench.handover import notebook_lock
 from dynamoe_lab.workbench.inputs import named_files
 from dynamoe_lab.workbench.parameters import Parameter, read_parameters, split_given, unknown_parameter, whole_number
-from dynamoe_lab.workbench.records import Record, RunError, RunInfo, StoredFile, load_record, missing_files, now, process_identity
+from dynamoe_lab.workbench.records import (
+    Record,
+    RunError,
+    RunInfo,
+    StoredFile,
+    load_record,
+    missing_files,
+    now,
+    place_text,
+    process_identity,
+)
 from dynamoe_lab.workbench.runlog import RunLog
 from dynamoe_lab.workbench.session import run_command
 
@@ -199,27 +219,24 @@ def run_notebook(job: Job, *, force: bool = False, recompute: bool = False, ever
     if not force and _up_to_date(job):
         print(f"{job.name}  {UP_TO_DATE}", flush=True)
         return UP_TO_DATE
-    from dynamoe_lab.workbench.kernel import execute
+    from dynamoe_lab.workbench.kernel import INTERRUPTED, execute
 
     began, clock = now(), time.perf_counter()
-    with told_when_full(job.folder, "free some, or choose another --output"):
+    lock, told = notebook_lock(job.folder, job.root)
+    with told_when_full(job.folder, "free some, or choose another --output"), locked(lock, refuses=told):
         job.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(job.folder)
         pid, process_started = process_identity()
         info = RunInfo(name=job.name, profile=Path(job.profile).stem, started=began, pid=pid, process_started=process_started)
         Record(run=info).write(job.folder)
         saved = job.folder / ".running.ipynb"
-        error, interrupted = None, False
+        saved.unlink(missing_ok=True)  # of a runner that was killed
         with RunLog(job.folder, job.root) as log:
             log.line(job.command)
-            try:
-                error = execute(
-                    job.nb, saved, name=job.name, parameters=job.values, cwd=job.root, every=every, recompute=recompute, log=log
-                )
-            except KeyboardInterrupt:
-                interrupted = True
-            record = _close(job, saved, error, interrupted, began, time.perf_counter() - clock)
+            error = execute(job.nb, saved, name=job.name, parameters=job.values, cwd=job.root, every=every, recompute=recompute, log=log)
+            record = _close(job, saved, error, began, time.perf_counter() - clock)
             log.line("\n".join(_ending(record)))
-    if interrupted:
+    if error is not None and error.type == INTERRUPTED:
         raise KeyboardInterrupt
     error = record.run.error
     if error is None:
@@ -242,8 +259,7 @@ def _ending(record: Record) -> list[str]:
     run, error = record.run, record.run.error
     if error is None:
         return [f"{run.name}  {run.status}  {seconds_text(run.seconds or 0)}"]
-    place = f" in cell {error.cell}" + (f" ({error.heading})" if error.heading else "") if error.cell else ""
-    return [f"{run.name}  {FAILED}{place}: {error.type}: {error.message}", *(f"    {line}" for line in error.traceback)]
+    return [f"{run.name}  {run.status}{place_text(error)}: {error.type}: {error.message}", *(f"    {line}" for line in error.traceback)]
 
 
 def _up_to_date(job: Job) -> bool:
@@ -254,24 +270,40 @@ def _up_to_date(job: Job) -> bool:
     return record.run.status == OK and record.run.key == job.key and not missing_files(record, job.folder)
 
 
-def _close(job: Job, saved: Path, error: RunError | None, interrupted: bool, began: str, seconds: float) -> Record:
+def _close(job: Job, saved: Path, error: RunError | None, began: str, seconds: float) -> Record:
     """Keep the executed notebook, and complete the record that the kernel left: how it ended is for us to say."""
+    from dynamoe_lab.workbench.export import introduction
+    from dynamoe_lab.workbench.kernel import INTERRUPTED
+
     record = load_record(job.folder)
     run = record.run
-    if error is None and not interrupted and run.status == "running" and run.pid != os.getpid():
+    if error is None and run.status == "running" and run.pid != os.getpid():
         error = RunError("Unfinished", "the notebook ended without run.finish(); add it as the last cell")
-    record.results.notebook = _keep_notebook(job, saved)
-    from dynamoe_lab.workbench.export import introduction
-
+    if error is not None and run.at is not None and run.at.cell == error.cell:
+        error.step = run.at.step
     run.title, run.question = introduction(job.nb)
     run.command, run.config = job.command, without_paths(json.loads(json.dumps(job.config)), job.root)
     run.parameters, run.overrides = without_paths([job.own, job.values["overrides"]], job.root)
     run.inputs = without_paths(job.inputs, job.root)
-    run.status = "interrupted" if interrupted else OK if error is None else FAILED
+    run.status = OK if error is None else "interrupted" if error.type == INTERRUPTED else FAILED
     run.error = RunError(**without_paths(asdict(error), job.root)) if error is not None else None
+    run.at = None
     run.started, run.finished, run.seconds = began, now(), round(seconds, 3)
     run.key, run.source = job.key, job.source
-    record.write(job.folder)
+    try:
+        record.results.notebook = _keep_notebook(job, saved)
+        record.write(job.folder)
+    except OSError as full:  # the executed notebook can go, how it ended has to be told
+        if not disk_full(full):
+            raise
+        for path in (saved, job.folder / "notebook.ipynb", job.folder / "notebook.html"):
+            path.unlink(missing_ok=True)
+        record.results.notebook = []
+        if error is None:
+            run.status, run.key = FAILED, ""
+            told = no_space(job.folder, "none for the executed notebook; free some, or choose another --output")
+            run.error = RunError("InputError", without_paths(told, job.root))
+        record.write(job.folder)
     return record
 
 
@@ -281,9 +313,11 @@ def _keep_notebook(job: Job, saved: Path) -> list[StoredFile]:
 
     from dynamoe_lab.workbench.export import notebook_html, tidied
 
-    if not saved.exists():  # the kernel never came up
+    try:
+        nb = tidied(nbformat.read(saved, as_version=4), job.root)
+    except (FileNotFoundError, ValueError):  # the kernel never came up, or papermill could not save all of it
+        saved.unlink(missing_ok=True)
         return []
-    nb = tidied(nbformat.read(saved, as_version=4), job.root)
     kept = [job.folder / "notebook.ipynb", job.folder / "notebook.html"]
     write_atomic(kept[0], nbformat.writes(nb) + "\n")
     write_atomic(kept[1], notebook_html(nb, job.name))

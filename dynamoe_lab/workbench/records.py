@@ -19,6 +19,7 @@ __all__ = [
     "Artifact",
     "Environment",
     "Finding",
+    "Place",
     "Record",
     "RunError",
     "RunInfo",
@@ -31,6 +32,7 @@ __all__ = [
     "load_records",
     "missing_files",
     "now",
+    "place_text",
     "process_alive",
     "process_identity",
 ]
@@ -49,6 +51,16 @@ class RunError:
     cell: int | None = None  # code cells of the notebook count from 1
     heading: str = ""  # the heading above that cell
     traceback: list[str] = field(default_factory=list)  # its last lines
+    step: str = ""  # function of the step that was running
+
+
+@dataclass
+class Place:
+    """Where a run is: what there is to say of one that was killed."""
+
+    cell: int | None = None  # as in RunError; not known of a notebook that runs in JupyterLab
+    heading: str = ""
+    step: str = ""  # function of the step that is running
 
 
 @dataclass
@@ -65,6 +77,7 @@ class RunInfo:
     config: dict[str, Any] = field(default_factory=dict)  # the resolved experiment
     status: str = "running"
     error: RunError | None = None
+    at: Place | None = None  # of a run that is not finished
     started: str = ""  # ISO 8601, UTC
     finished: str = ""
     seconds: float | None = None
@@ -194,6 +207,19 @@ class Record:
 def now() -> str:
     """The time, ISO 8601, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def place_text(place: RunError | Place | None) -> str:
+    """Where, to be put behind a word; empty where nothing is known.
+
+    >>> from dynamoe_lab.workbench.records import Place, place_text
+    >>> "failed" + place_text(Place(3, "Train the router", step="train"))
+    'failed in cell 3 (Train the router), step train'
+    """
+    if place is None:
+        return ""
+    cell = f" in cell {place.cell}" + (f" ({place.heading})" if place.heading else "") if place.cell else ""
+    return cell + (f"{',' if cell else ' in'} step {place.step}" if place.step else "")
 
 
 def process_identity() -> tuple[int, float]:

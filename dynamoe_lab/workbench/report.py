@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.workbench.files import sha256, write_atomic
-from dynamoe_lab.workbench.records import Artifact, Finding, Record, StoredFile, effective_status, load_records
+from dynamoe_lab.workbench.files import locked, remove_leftovers, sha256, told_when_full, write_atomic
+from dynamoe_lab.workbench.records import RECORD_NAME, Artifact, Finding, Record, StoredFile, effective_status, load_records, place_text
 
 __all__ = ["build_report", "duration", "memory", "number_text"]
 
@@ -77,19 +77,25 @@ def build_report(folder: str | Path, *, expected: Sequence[str] | None = None) -
     Raises:
         InputError: the folder holds no record, or one that cannot be read.
     """
+    folder = Path(folder)
+    if not any(folder.glob(f"*/{RECORD_NAME}")):
+        raise InputError(f"{folder}: no records in this folder; make some with: dynamoe-lab run --profile quick")
+    with locked(folder / "report.lock", waits_for=f"the report of {folder}"), told_when_full(folder, "free some, and build it again"):
+        remove_leftovers(folder)
+        return _build(folder, expected)
+
+
+def _build(folder: Path, expected: Sequence[str] | None) -> Path:
+    """`build_report`, alone: of two at a time the later one must not write a page of older records."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    folder = Path(folder)
-    records = load_records(folder) if folder.is_dir() else []
-    if not records:
-        raise InputError(f"{folder}: no records in this folder; make some with: dynamoe-lab run --profile quick")
-    sections = [_section(record, folder) for record in records]
+    sections = [_section(record, folder) for record in load_records(folder)]
     names = _project_notebooks(folder) if expected is None else expected
     profiles = sorted({section.record.run.profile for section in sections})
     made = {section.name for section in sections}
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    pages.filters |= {"unbroken": _unbroken, "number": number_text, "duration": duration, "memory": memory}
+    pages.filters |= {"unbroken": _unbroken, "number": number_text, "duration": duration, "memory": memory, "place": place_text}
     html = pages.get_template("index.html.j2").render(
         profiles=profiles,
         facts=_facts(sections),

@@ -6,11 +6,12 @@ last state is kept. No colour codes, no folders of this machine; at most 2 MB: b
 
 import logging
 import re
+import sys
 import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from dynamoe_lab.workbench.files import without_paths
+from dynamoe_lab.workbench.files import disk_full, without_paths
 
 __all__ = ["LOG_NAME", "RunLog", "log_tail"]
 
@@ -18,6 +19,21 @@ LOG_NAME = "run.log"
 _HALF = 1_000_000  # bytes of run.log and of run.log.1, which holds the lines before
 _LINE = 4_000  # characters of a line; the rest of it is left out
 _CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+class _Handler(RotatingFileHandler):
+    """A full disk takes lines from the log; it must neither stop the run nor be told with a traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not disk_full(sys.exc_info()[1]):
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # what was not written yet
+            if not disk_full(error):
+                raise
 
 
 class RunLog:
@@ -30,7 +46,7 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         self.path.with_name(f"{LOG_NAME}.1").unlink(missing_ok=True)
-        self._handler = RotatingFileHandler(self.path, maxBytes=_HALF, backupCount=1, encoding="utf-8", errors="replace")
+        self._handler = _Handler(self.path, maxBytes=_HALF, backupCount=1, encoding="utf-8", errors="replace")
         self._handler.stream.truncate(0)
         form = logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S")
         form.converter = time.gmtime

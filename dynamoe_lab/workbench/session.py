@@ -11,7 +11,6 @@ The record is written after every call, so a run that dies shows what it had; wi
 import os
 import re
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,12 +21,14 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.drawn import figure_files, frame_csv
-from dynamoe_lab.workbench.files import told_when_full, without_paths, write_atomic
+from dynamoe_lab.workbench.files import hold, let_go, remove_leftovers, told_when_full, without_paths, write_atomic
+from dynamoe_lab.workbench.handover import RUNNER_VARIABLE, interactive, notebook_lock, running_cell
 from dynamoe_lab.workbench.memory import peak_memory
 from dynamoe_lab.workbench.provenance import record_environment, step_use, why_unrepeatable
 from dynamoe_lab.workbench.records import (
     Artifact,
     Finding,
+    Place,
     Record,
     RunInfo,
     Scalar,
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from dynamoe_lab.workbench.sweep import SweepResult
 
 __all__ = ["Run", "run_command", "start"]
-
-RUNNER_VARIABLE = "DYNAMOE_LAB_NOTEBOOK"  # set for the kernel by the notebook runner: the notebook that is running
 
 
 def start(name: str, profile: str = "quick", overrides: Iterable[str] = (), output: str | Path | None = None) -> "Run":
@@ -118,7 +117,7 @@ class Run:
         profile: str,
     ):
         self.name, self.experiment, self.folder = name, experiment, folder
-        self._root, self._clock = root, time.perf_counter()
+        self._root, self._clock, self._lock = root, time.perf_counter(), None
         self._profile, self._overrides = profile, overrides  # as they were given: a sweep's cells start from them
         keep_freed_memory()
         self._seed()
@@ -134,7 +133,12 @@ class Run:
             process_started=process_started,
         )
         self.record = Record(run=info, env=record_environment(experiment, root))
-        folder.mkdir(parents=True, exist_ok=True)
+        if not os.environ.get(RUNNER_VARIABLE):  # the runner holds it for us
+            self._lock, told = notebook_lock(folder, root)
+            hold(self._lock, refuses=told)
+            remove_leftovers(folder)
+        with told_when_full(folder, "free some, or choose another output"):
+            folder.mkdir(parents=True, exist_ok=True)
         self._write()
 
     def __repr__(self) -> str:
@@ -151,6 +155,7 @@ class Run:
         from dynamoe_lab.assets import home
 
         self._seed()  # a step's result must not depend on which steps were computed, not read, before it
+        self._write(step=getattr(function, "__name__", ""))
         done = run_step(function, args, kwargs, home=home())
         self.record.results.steps.append(step_use(function, done))
         self.record.env.fingerprints |= recorded_inputs(function, done)
@@ -198,6 +203,7 @@ class Run:
             sweep = Sweep(name=self.name, axes=dict(axes or {}), cells=list(cells or []), modes=list(modes or ["router"]))
         none_wanted = cells is not None and not sweep.cells and not sweep.axes
         plans = [] if none_wanted else sweep.resolve(self._profile, [*self._overrides, *overrides])
+        self._write(step="sweep")
         result = run_plans(sweep, plans, jobs=jobs, home=home())
         self._seed()
         uses = {}
@@ -294,6 +300,8 @@ class Run:
         )  # torch may have come since the start
         self.record.env.unrepeatable = why_unrepeatable(self.record, self.experiment)
         self._write()
+        if self._lock is not None:
+            let_go(self._lock)
         counts = {
             "figure": results.figures,
             "table": results.tables,
@@ -316,7 +324,7 @@ class Run:
 
     def _refuse_twice(self, what: str) -> None:
         """Two cells that use one name are a mistake, but in JupyterLab a person runs the same cell again."""
-        if os.environ.get(RUNNER_VARIABLE) or not _interactive():
+        if os.environ.get(RUNNER_VARIABLE) or not interactive():
             raise InputError(f"{self.name}: {what} is used twice in this run; give each its own name")
 
     def _store(
@@ -331,14 +339,13 @@ class Run:
             shelf.append(Artifact(stem, " ".join(caption.split()), files, "" if frame is None else exact_digest(frame, stem)))
             self._write()
 
-    def _write(self) -> None:
-        self.record.run.peak_memory_bytes = peak_memory()
-        self.record.write(self.folder)
+    def _write(self, step: str = "") -> None:
+        """Write the record; `step`: what starts now, for whoever reads the record of a run that was killed in it."""
+        run = self.record.run
+        run.peak_memory_bytes = peak_memory()
+        run.at = Place(*running_cell(), step=step) if run.status == "running" else None
+        with told_when_full(self.folder, "free some, or choose another output"):
+            self.record.write(self.folder)
 
     def _seed(self) -> None:
         environment.seed_generators(self.experiment.seed, self.experiment.threads)
-
-
-def _interactive() -> bool:
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and ipython.get_ipython() is not None

@@ -10,7 +10,7 @@ from typing import Any
 from dynamoe_lab.workbench.cache import size_on_disk
 from dynamoe_lab.workbench.files import without_paths
 from dynamoe_lab.workbench.inventory import WIDTH, age_text, table_text
-from dynamoe_lab.workbench.records import Record, StepUse, load_record
+from dynamoe_lab.workbench.records import Record, StepUse, load_record, place_text
 from dynamoe_lab.workbench.report import duration, memory, number_text
 from dynamoe_lab.workbench.runlog import LOG_NAME, log_tail
 from dynamoe_lab.workbench.stale import other_since, standing
@@ -40,8 +40,9 @@ def show_run(folder: Path, root: Path) -> str:
     parts = [f"{run.name}  {state}" + (f"  {run.title}" if run.title else "")]
     parts.append("\n".join(_fact(label, text) for label, text in _facts(record, folder, state, why) if text))
     if run.error is not None:
-        place = f" in cell {run.error.cell}" + (f" ({run.error.heading})" if run.error.heading else "") if run.error.cell else ""
-        parts.append("\n".join([f"{run.error.type}{place}: {run.error.message}", *run.error.traceback]))
+        parts.append("\n".join([f"{run.error.type}{place_text(run.error)}: {run.error.message}", *run.error.traceback]))
+    elif state == "interrupted":
+        parts.append(f"its process ended{place_text(run.at)}; the same command goes on")
     if state in ("failed", "interrupted", "running") and (tail := log_tail(folder)):
         parts.append("\n".join([f"the last lines of {LOG_NAME}", *(f"  {line}" for line in tail)]))
     if results.findings:

@@ -98,7 +98,11 @@ def run_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any] 
             with locked(home / "locks" / f"{call.label}.lock", waits_for=f"step {call.label}"):
                 step = _published_or_set_aside(folder, call.key)  # the process we waited for may have made it
                 if step is None or _unwanted(step, code):
-                    step, cached = _compute(call, scratch, folder), False
+                    step = _whole_scratch(scratch, call.key)  # killed, or the disk was full, before it came into place
+                    if step is None or _unwanted(step, code):
+                        step = _compute(call, scratch)
+                    _publish(scratch, folder)
+                    cached = False
         hold_step(home, call.label)
         return _handed_out(call, folder, step, cached, code)
 
@@ -233,7 +237,26 @@ def _published_or_set_aside(folder: Path, key: str) -> dict[str, Any] | None:
 # --- computing ---------------------------------------------------------------------------------------------------------------------
 
 
-def _compute(call: _Call, scratch: Path, folder: Path) -> dict[str, Any]:
+def _whole_scratch(scratch: Path, key: str) -> dict[str, Any] | None:
+    """step.json of work that is finished but still in scratch."""
+    with contextlib.suppress(_Corrupt):
+        return _published(scratch, key)
+    return None
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    """Move finished work into place; a stale result that lies there goes, and a kill in between loses neither."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    old = scratch.with_name(f"{scratch.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(scratch, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _compute(call: _Call, scratch: Path) -> dict[str, Any]:
+    """Call the function and describe what it gave in `scratch`, step.json last."""
     function, arguments, inputs = call.function, call.arguments, call.inputs
     output = _clean_scratch(scratch, keep_output=takes_output_dir(function))
     started, clock = datetime.now(UTC), time.perf_counter()
@@ -281,10 +304,6 @@ def _compute(call: _Call, scratch: Path, folder: Path) -> dict[str, Any]:
     weights = {name: entry["xxh3_128"] for name, entry in step["files"].items() if name.endswith(".safetensors")}
     step["digests"] = weights | ({"result": exact} if exact else {})  # what has to come out again, at full precision
     write_json(scratch / "step.json", step)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():  # a stale result, kept until the new one is whole
-        shutil.rmtree(folder)
-    os.replace(scratch, folder)
     return step
 
 

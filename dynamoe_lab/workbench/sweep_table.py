@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.cells import Cell
-from dynamoe_lab.workbench.files import without_paths, write_atomic, write_json
+from dynamoe_lab.workbench.files import remove_leftovers, without_paths, write_atomic, write_json
 from dynamoe_lab.workbench.records import now
 
 if TYPE_CHECKING:
@@ -158,10 +158,13 @@ def write_sweep(result: "SweepResult", folder: Path, *, root: Path, command: lis
         root: the project; its paths and other paths of the machine are shortened in the JSON.
         command: the words that make it again.
 
+    The caller holds the folder's lock.
+
     Returns:
         The path of the csv.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     csv = folder / "sweep.csv"
     write_atomic(csv, result.table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     commit, dirty = environment.git_state(root)
