@@ -497,6 +497,13 @@ class TestStyle:
         finally:
             matplotlib.interactive(before)
 
+    def test_names_with_dollar_signs_are_names(self, frames):
+        usage = frames["usage_by_domain"].assign(domain=frames["usage_by_domain"]["domain"].map(lambda name: f"{name} $\\frac$"))
+        figure = style.canvas(5, None)
+        plots.plot_expert_usage_by_domain(usage, figure=figure)
+        figure.canvas.draw()  # a formula that is none would raise
+        assert any("$\\frac$" in text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
     def test_headlines_fit_and_keep_numbers_with_their_units(self):
         figure = style.canvas(5, None)
         style.headline(figure, "word " * 30 + "62 % " * 20)
