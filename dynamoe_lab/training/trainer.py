@@ -7,6 +7,7 @@ resumed is whole. Trainer's resume files (optimizer, random state) stay below `o
 
 import dataclasses
 import json
+import logging
 import math
 import shutil
 import time
@@ -24,6 +25,10 @@ from dynamoe_lab.config import TrainSettings
 from dynamoe_lab.data import Blocks
 
 __all__ = ["BlockDataset", "MethodTrainer", "TrainingDiverged", "complete_checkpoint", "steps_frame", "training_arguments"]
+
+
+# Of two checkpoints within a second transformers says that the file system's times may be wrong; it then goes by the step, as it should.
+logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime may not be reliable" not in record.getMessage())
 
 
 class TrainingDiverged(RuntimeError):
