@@ -261,6 +261,7 @@ def test_hostile_text_stays_text_in_jupyterlab(context, home, hostile, tmp_path)
         lab.watch.nothing_fired()
         lab.open("00_explore")
         lab.run_all()
+        lab.watch.nothing_fired()
         assert lab.page.locator(".dml-tok", has_text=IMAGE).count(), "the token is there, as text"
         use_the_box(lab.page, HOSTILE, IMAGE)
         lab.page.wait_for_timeout(1_000)  # what fires late
