@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dynamoe_lab.digests import file_digest
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.workbench.files import file_digest
 from dynamoe_lab.workbench.fingerprint import fingerprint
 
 __all__ = ["named_files"]
