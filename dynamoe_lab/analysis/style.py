@@ -79,7 +79,6 @@ RC = {
     "svg.fonttype": "path",
     "text.parse_math": False,  # labels are names of files and models: a $ in them is a $
     "svg.hashsalt": "dynamoe-lab",  # the same figure gives the same file
-    "text.parse_math": False,  # a name with dollar signs is a name, not a formula
     "xtick.color": "#444444",
     "xtick.labelsize": 7,
     "xtick.major.width": 0.7,
