@@ -6,12 +6,13 @@ STAMP  := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env report test test-real bench lab lint format clean
+.PHONY: help env report test test-real test-browser bench lab lint format clean
 
 help:
 	@echo "make report     environment + the quick profile on SmolLM2-135M -> reports/quick/index.html"
 	@echo "make test       environment + the tests (minutes, two cores)"
 	@echo "make test-real  the tests that need the real model, and long ones: killed processes, reference scores"
+	@echo "make test-browser  JupyterLab and the report page in your Chromium or Chrome (minutes); make test leaves these out"
 	@echo "make bench      speed as ratios measured side by side -> benchmarks/results.json (12 minutes, and some for ToMoE; nothing else running)"
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make lint       ruff: format and rules"
@@ -34,6 +35,9 @@ test: env
 
 test-real: env
 	$(BIN)/python -m pytest -m "real or slow"
+
+test-browser: env
+	$(BIN)/python -m pytest -m browser -rs
 
 bench: env
 	$(BIN)/python benchmarks/bench.py

@@ -1,4 +1,7 @@
-"""What a person gets wrong, typed into the real command: one line that names the thing and the remedy, exit code 2, nothing lost."""
+"""What a person gets wrong, typed into the real command: one line that names the thing and the remedy, exit code 2, nothing lost.
+
+A few of each kind, for the process is the point; the whole table, without processes, is in `test_bad_input_table`.
+"""
 
 import os
 import shutil
@@ -31,14 +34,8 @@ def check(done, *says):
     ("words", "says"),
     [
         (["run", "99"], ["99", "04_router_confusion"]),
-        (["run", "04_router_confusoin"], ["04_router_confusion"]),
         (["run", "04", "-p", "dynamoe.tetha=0.8"], ["tetha", "dynamoe.theta"]),
-        (["run", "00", "-p", "new_tokens=many"], ["new_tokens", "int"]),
-        (["run", "04", "-p", "dynamoe.theta=2"], ["theta = 2.0", "-1 to 1"]),
         (["run", "04", "-p", "dynamoe.experts=[0.5,0.25,1.0]"], ["increasing"]),
-        (["run", "04", "-p", "train.steps=x"], ["train.steps"]),
-        (["run", "04", "-p", "novalue"], ["novalue", "="]),
-        (["run", "04", "--profile", "qick"], ["qick", "quick"]),
         (["report", "nowhere"], ["nowhere"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -74,22 +71,11 @@ def converted(folder):
     convert(dense, calibration=make_blocks()).save_pretrained(folder)
 
 
-def truncated(folder):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100_000])
-
-
-def pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (unsupported, ["gpt2", "not supported", "llama"]),
         (converted, ["converted one already", "dense parent"]),
-        (truncated, ["cut off or damaged", "copy it again"]),
-        (pickled, ["safetensors"]),
     ],
 )
 def test_bad_models(home, tmp_path, change, says):
@@ -101,17 +87,14 @@ def test_bad_models(home, tmp_path, change, says):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", ["mine.txt", "empty"]),
         (b"caf\xe9 au lait " * 50, ["mine.txt", "UTF-8"]),
         (b"Too short to fill a block. " * 3, ["mine.txt", "token"]),
-        (None, ["mine.txt"]),
     ],
-    ids=["empty", "encoding", "short", "missing"],
+    ids=["encoding", "short"],
 )
 def test_bad_texts(home, tmp_path, content, says):
     path = tmp_path / "mine.txt"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     done = call(home, "run", "01", "--profile", "smoke", "--output", tmp_path / "report", "-p", f"data.calibration={path}")
     check(done, *says)
 

@@ -93,6 +93,8 @@ def test_every_notebook_ends_well_with_every_figure(report):
                 assert path.stat().st_size > 200
                 assert f"{name}/{stem}.{kind}" in page, f"the report does not show {stem}.{kind}"
             assert (report / name / f"{stem}.csv").stat().st_size <= 1_000_000
+        shown = (report / name / "notebook.html").read_text(encoding="utf-8").count('src="data:image/png;base64,')
+        assert shown == len(list((report / name).glob("*.png"))), f"{name} itself shows not every figure"
     for name, columns in COLUMNS.items():
         assert list(pd.read_csv(report / f"{name}.csv").columns)[: len(columns.split())] == columns.split()
 

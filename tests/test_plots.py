@@ -486,6 +486,24 @@ class TestStyle:
         assert contents[0] == contents[1]
         assert b"<text" not in contents[0]  # letters are outlines: no font is needed to read them
 
+    def test_a_backend_that_turns_interactive_with_the_first_figure_stays_so(self):
+        """A notebook's does; were it reset with the style, the notebook would show its first figure and never another."""
+        before = matplotlib.is_interactive()
+        try:
+            matplotlib.interactive(False)
+            with style.style_context():
+                matplotlib.interactive(True)
+            assert matplotlib.is_interactive()
+        finally:
+            matplotlib.interactive(before)
+
+    def test_names_with_dollar_signs_are_names(self, frames):
+        usage = frames["usage_by_domain"].assign(domain=frames["usage_by_domain"]["domain"].map(lambda name: f"{name} $\\frac$"))
+        figure = style.canvas(5, None)
+        plots.plot_expert_usage_by_domain(usage, figure=figure)
+        figure.canvas.draw()  # a formula that is none would raise
+        assert any("$\\frac$" in text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
     def test_headlines_fit_and_keep_numbers_with_their_units(self):
         figure = style.canvas(5, None)
         style.headline(figure, "word " * 30 + "62 % " * 20)

@@ -159,7 +159,7 @@ def test_a_check_asks_for_what_was_recorded_and_says_equal(project, rerun, tmp_p
     assert rerun[0]["threads"] == "1"
     assert rerun[0]["shared"] == ["assets", "models", "wheels"]  # no step, nothing half-done
     assert said[-1].splitlines()[0] == "02_a  all equal, to the last digit  (seed 3, 1 thread)"
-    assert "not compared: seconds (a measured time) of curve" in said[-1]
+    assert "not compared, a measured time: seconds of curve" in said[-1]
 
 
 def test_a_check_finds_a_difference(project, rerun, tmp_path, monkeypatch):

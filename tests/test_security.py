@@ -1,9 +1,9 @@
 """Nothing foreign is unpickled or run unasked, what is read back is what was written, nothing leaves its folder, text stays text."""
 
 import ast
-import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -83,16 +83,13 @@ def test_they_would_be_found(line):
 # --- nothing is unpickled, nothing runs unasked --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_resume_files_of_others_run_nothing(tmp_path, monkeypatch, name):
-    """A half-finished run is a folder that can be handed on, too."""
-    import pickle
-
+@pytest.fixture(scope="module")
+def half_finished(tmp_path_factory):
+    """A training run that was stopped before its end, as it may be handed on."""
     from dynamoe_lab.config import TrainConfig
     from dynamoe_lab.training import run, train
 
-    monkeypatch.chdir(tmp_path)
-    config = TrainConfig(steps=2, batch_size=2, save_steps=1, warmup_steps=0)
+    folder, config = tmp_path_factory.mktemp("half") / "run", TrainConfig(steps=2, batch_size=2, save_steps=1, warmup_steps=0)
 
     class Killed(BaseException):
         pass
@@ -100,16 +97,28 @@ def test_resume_files_of_others_run_nothing(tmp_path, monkeypatch, name):
     def killed(*_):
         raise Killed
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_publish", killed)
         with pytest.raises(Killed):
-            train(make_converted(), make_blocks(), config, output_dir=tmp_path / "run", progress=False)
-    checkpoint = tmp_path / "run" / "trainer" / "checkpoint-2"
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "global_step": 1}))  # so that it is resumed from
-    assert (checkpoint / name).is_file()
-    (checkpoint / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(InputError, match=rf"{checkpoint.name}.*not what Trainer wrote.*remove"):
+            train(make_converted(), make_blocks(), config, output_dir=folder, progress=False)
+    path = folder / "trainer" / "checkpoint-2" / "trainer_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "global_step": 1}))  # so that there is something to go on with
+    return folder, config
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_resume_files_of_others_run_nothing(tmp_path, monkeypatch, half_finished, name):
+    import pickle
+
+    from dynamoe_lab.training import train
+
+    monkeypatch.chdir(tmp_path)
+    folder, config = half_finished
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "trainer" / "checkpoint-2" / name
+    assert path.is_file()
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(InputError, match=r"checkpoint-2.*not what Trainer wrote.*remove"):
         train(make_converted(), make_blocks(), config, output_dir=tmp_path / "run", progress=False)
     assert not (tmp_path / "ran").exists()
 
@@ -345,9 +354,3 @@ def test_a_text_that_no_file_can_hold_is_written_as_its_code(tmp_path):
 
     write_json(tmp_path / "a.json", {"name": "\udcff"})
     assert read_json(tmp_path / "a.json") == {"name": "\udcff"}
-
-
-def test_the_digest_of_a_wheel_is_compared_before_it_is_opened():
-    """The pins are sha256, whole, and of every asset."""
-    for asset in assets.ASSETS.values():
-        assert len(bytes.fromhex(asset.sha256)) == hashlib.sha256().digest_size

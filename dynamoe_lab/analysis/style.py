@@ -10,7 +10,8 @@ resolution of print.
 """
 
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -115,9 +116,19 @@ _DOMAINS = {
 _MUTED = ("#332288", "#88CCEE", "#117733", "#999933", "#CC6677", "#AA4499", "#44AA99", "#DDCC77", "#882255")
 
 
-def style_context() -> Any:
-    """A context manager in which figures are drawn and saved the same way everywhere."""
-    return mpl.rc_context(RC)
+@contextmanager
+def style_context() -> Iterator[None]:
+    """A context manager in which figures are drawn and saved the same way everywhere.
+
+    It gives back what it set and nothing else: a notebook's backend becomes interactive with the first figure, and one that is reset to
+    what it was before (as `mpl.rc_context` does) shows that figure and never another.
+    """
+    before = {name: mpl.rcParams[name] for name in RC}
+    mpl.rcParams.update(RC)
+    try:
+        yield
+    finally:
+        mpl.rcParams.update(before)
 
 
 def styled(function: Callable) -> Callable:

@@ -6,6 +6,7 @@ resumed is whole. Trainer's resume files (optimizer, random state) stay below `o
 """
 
 import dataclasses
+import logging
 import math
 import time
 from collections import defaultdict
@@ -23,6 +24,10 @@ from dynamoe_lab.data import Blocks
 from dynamoe_lab.training.resume import complete_checkpoint
 
 __all__ = ["BlockDataset", "MethodTrainer", "TrainingDiverged", "steps_frame", "training_arguments"]
+
+
+# Of two checkpoints within a second transformers says that the file system's times may be wrong; it then goes by the step, as it should.
+logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime may not be reliable" not in record.getMessage())
 
 
 class TrainingDiverged(RuntimeError):

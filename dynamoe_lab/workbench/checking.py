@@ -23,6 +23,7 @@ from dynamoe_lab.workbench.stale import other_since, stale_because
 
 __all__ = ["Comparison", "check_runs", "compare_runs", "find_runs", "not_promised"]
 
+_SIX = ", to six digits: the record has no more"
 SHARED = ("assets", "models", "wheels")  # of the cache: downloaded, or made from downloads
 
 
@@ -95,7 +96,8 @@ _ENDED = {"failed": "failed", "running": "is running, or was interrupted", "inte
 
 def not_promised(record: Record, folder: Path, root: Path) -> list[str]:
     """Why the rerun of a record may give other digits: other code, notebook, inputs, versions, machine, or what it says itself."""
-    notes = [*stale_because(record, folder, root), *other_since(record), *record.env.unrepeatable]
+    notes = [*stale_because(record, folder, root), *other_since(record)]
+    notes += [reason for reason in record.env.unrepeatable if not reason.endswith("by other code")]  # said above, with the rooms
     if record.env.threads and record.env.threads > environment.usable_cores():
         notes.append(f"made with {record.env.threads} threads, here are {environment.usable_cores()} cores")
     if not record.run.key:
@@ -175,7 +177,7 @@ def compare_runs(then: Path, now: Path) -> list[Comparison]:
             if equal and artifact.exact and other.exact and artifact.exact != other.exact:
                 equal, text = False, "differs beyond the six digits of its csv"
             elif equal:
-                text += "" if artifact.exact and other.exact else ", to six digits: the record has no more"
+                text += "" if artifact.exact and other.exact else _SIX
             found.append(Comparison("table", name, equal, text, table.excepted))
         else:
             same = (then / f"{name}.html").read_bytes() == (now / f"{name}.html").read_bytes()
@@ -245,13 +247,17 @@ def _told(record: Record, compared: Sequence[Comparison]) -> str:
             alike.setdefault(entry.text, []).append(entry.name)
     for text, names in reversed(alike.items()):
         rows.insert(0, ("equal", "steps", f"{len(names)}", f"{text}: {', '.join(dict.fromkeys(names))}"))
-    reasons: dict[str, list[str]] = {}
+    left_out: dict[str, tuple[dict, dict]] = {}  # reason -> columns, tables
     for entry in compared:
         for column, reason in entry.excepted.items():
-            reasons.setdefault(f"{column} ({reason})", []).append(entry.name)
+            columns, stems = left_out.setdefault(reason, ({}, {}))
+            columns[column] = stems[entry.name] = None
     wrong = sum(not entry.equal for entry in compared)
     lines = [f"  {line}" for line in table_text(("", "what", "name", ""), rows).splitlines()[1:]]
-    lines += [f"  not compared: {what} of {', '.join(dict.fromkeys(stems))}" for what, stems in reasons.items()]
-    verdict = "all equal, to the last digit" if not wrong else f"{wrong} of {len(compared)} differ"
+    lines += [f"  not compared, {why}: {', '.join(columns)} of {', '.join(stems)}" for why, (columns, stems) in left_out.items()]
+    whole = not any(entry.text.endswith(_SIX) for entry in compared)
+    verdict = (
+        f"{wrong} of {len(compared)} differ" if wrong else f"all equal, {'to the last digit' if whole else 'as far as the record goes'}"
+    )
     threads = f", {record.env.threads} thread{'s' if record.env.threads != 1 else ''}" if record.env.threads else ""
     return "\n".join([f"{record.run.name}  {verdict}  (seed {record.run.config.get('seed')}{threads})", *lines])

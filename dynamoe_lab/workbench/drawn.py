@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["figure_files", "frame_csv"]
 
 CSV_LIMIT = 1_000_000  # bytes; a figure's frame is what it draws, not what it was computed from
-# Text stays text, also a $ in it; the same figure gives the same bytes.
-_SVG = {"svg.fonttype": "none", "svg.hashsalt": "dynamoe-lab", "text.parse_math": False}
+_SVG = {"svg.fonttype": "none", "svg.hashsalt": "dynamoe-lab"}  # text stays text; the same figure gives the same bytes
 
 
 def figure_files(ax: Any, stem: str) -> dict[str, bytes]:

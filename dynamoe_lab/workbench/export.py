@@ -33,6 +33,7 @@ _CSS = _words(
     "margin-bottom margin-left margin-right margin-top max-width min-width opacity outline overflow overflow-x padding padding-bottom "
     "padding-left padding-right padding-top right text-align text-decoration top vertical-align white-space width"
 )
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 # What a page without scripts can show, best first.
 _SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 
@@ -70,8 +71,23 @@ def notebook_html(nb: Any, title: str) -> str:
         sanitize_html=True,
         exclude_anchor_links=True,
     )
+    nb = _without_a_kernel(nb)
     exporter.register_filter("clean_html", clean_html)  # nbconvert's own takes headings and paragraphs for unsafe
     return exporter.from_notebook_node(nb, resources={"metadata": {"name": title}})[0]
+
+
+def _without_a_kernel(nb: Any) -> Any:
+    """A copy for a page: a widget's place says what it was, and a picture is described by the heading that it stands under."""
+    nb, heading = deepcopy(nb), ""
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            heading = (re.findall(r"^#{1,6}\s+(.+?)\s*#*$", cell.source, flags=re.MULTILINE) or [heading])[-1]
+        for output in cell.get("outputs", []):
+            if _WIDGET in output.get("data", {}):
+                output.data = {"text/markdown": "*Live in JupyterLab only.*"}
+            elif "data" in output:
+                output.metadata["alt"] = f"Figure: {_plain(heading)}" if heading else "Figure"
+    return nb
 
 
 def clean_html(markup: Any) -> str:

@@ -270,14 +270,12 @@ class Run:
         self._write()
 
     def finding(self, sentence: str, *, source: str, headline: bool = False) -> None:
-        """Record a sentence; `source` is the stem of the figure or table whose frame it was computed from.
-
-        A `headline` is one of the few sentences that open the report.
-        """
+        """Record and print a sentence that was computed from the figure or table `source` (a stem); a `headline` opens the report."""
         known = [artifact.stem for artifact in self.record.artifacts]
         if source not in known:
             raise InputError(f"finding: no figure or table {source!r} in this run yet; there is {', '.join(known) or 'none'}")
         finding, findings = Finding(" ".join(str(sentence).split()), source, headline), self.record.results.findings
+        print(finding.sentence, flush=True)
         findings[:] = [known for known in findings if (known.sentence, known.source) != (finding.sentence, source)] + [finding]
         self._write()
 
