@@ -109,7 +109,7 @@ _ROOMS = {
     "dynamoe_lab.conversion": ("calibrate", "convert", "export", "importance_table"),
     "dynamoe_lab.data": ("Blocks", "load_blocks", "token_counts"),
     "dynamoe_lab.errors": ("InputError",),
-    "dynamoe_lab.token_classes": ("token_classes",),
+    "dynamoe_lab.vocabulary": ("token_classes",),
     "dynamoe_lab.evaluation": (
         "TASKS",
         "attention_masks",

@@ -371,9 +371,9 @@ def test_time_outside_the_model_is_told(make_task, tokenizer, monkeypatch):
         clock[0] += 3.0
         return forward(*args, **kwargs)
 
-    def load(names):
+    def load(names, **options):
         clock[0] += 6.0
-        return load_tasks(names)
+        return load_tasks(names, **options)
 
     monkeypatch.setattr(model, "forward", slow)
     monkeypatch.setattr("dynamoe_lab.evaluation.benchmarks.load_tasks", load)

@@ -389,8 +389,8 @@ def test_a_report_is_written_by_one_run_at_a_time_and_an_interrupt_is_told(proje
     record = load_record(folder)
     assert effective_status(record) == "running"
     assert place_text(record.run.at) == " in cell 4 (Wait), step wait", "this is what a kill -9 would leave"
-    _, err = interrupt(process)
-    assert "KeyboardInterrupt" in err
+    interrupt(process)
+    assert process.returncode != 0
     run = load_record(folder).run
     assert (run.status, run.error.type, run.at) == ("interrupted", "Interrupted", None)
     assert place_text(run.error) == " in cell 4 (Wait), step wait"

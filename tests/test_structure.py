@@ -29,7 +29,7 @@ ALLOWED = {
     "vetting": set(),
     "loading": {"assets", "models", "vetting"},
     "data": {"assets", "texts", "loading"},
-    "token_classes": set(),
+    "vocabulary": set(),
     "analysis": set(),
     "conversion": {"config", "assets", "loading", "data", "models"},
     "training": {"config", "disk", "assets", "loading", "data", "models"},
@@ -136,6 +136,8 @@ def test_public_names_resolve_and_are_documented():
         assert getattr(lab, name).__doc__, f"lab.{name} has no docstring"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lab.nothing
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert not modules & set(lab.__all__), "once a module is imported, its name hides the function that is found by it"
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.name != "__main__.py"], ids=lambda path: str(path.relative_to(PACKAGE)))

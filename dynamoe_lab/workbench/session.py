@@ -101,6 +101,7 @@ class Run:
         >>> run = lab.start("my_study", profile="smoke", output=Path("results").absolute())
         >>> run.table(pd.DataFrame({"layer": [0], "share": [0.5]}), "shares", caption="Shares of the first layer.")
         >>> run.finding("Half of it runs.", source="shares")
+        Half of it runs.
         >>> run.finish()
         my_study  ok  1 table, 1 finding  in ...
     """

@@ -3,7 +3,7 @@
 import pytest
 
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.token_classes import TOKEN_CLASSES, token_class, token_classes
+from dynamoe_lab.vocabulary import TOKEN_CLASSES, token_class, token_classes
 
 EXAMPLES = {
     "word": (" the", " Métis", "\tx", " well-known", " don’t", " слово"),
