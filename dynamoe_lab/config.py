@@ -30,6 +30,7 @@ __all__ = [
     "load_experiment",
     "profiles",
     "project_root",
+    "read_profile",
     "read_yaml",
     "unread_section",
 ]
@@ -259,6 +260,21 @@ def _profile_path(profile: str) -> Path:
     return known
 
 
+def read_profile(profile: str) -> tuple[Any, dict[str, Any]]:
+    """A profile's differences of the experiment, and its section `notebooks`: parameters by notebook, which the runner reads.
+
+    Raises `InputError`: an unknown profile, a file that is no YAML, a section `notebooks` that is no map.
+    """
+    from omegaconf import OmegaConf
+
+    path = _profile_path(profile)
+    layer = read_yaml(path, str(path))
+    notebooks = layer.pop("notebooks", None)
+    if notebooks is not None and not OmegaConf.is_dict(notebooks):
+        raise InputError(f"{path}: notebooks is no map; write e.g. notebooks: {{06_pareto: {{trained: [0.8, 0.9]}}}}")
+    return layer, {} if notebooks is None else OmegaConf.to_container(notebooks)
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -335,8 +351,8 @@ def load_experiment(profile: str = "quick", overrides: Iterable[str] = ()) -> Ex
     from omegaconf.errors import OmegaConfBaseException
 
     merged = OmegaConf.structured(Experiment)
-    paths = (project_root() / "configs" / "defaults.yaml", _profile_path(profile))
-    layers = [(str(path), read_yaml(path, str(path))) for path in paths]
+    path, defaults = _profile_path(profile), project_root() / "configs" / "defaults.yaml"
+    layers = [(str(defaults), read_yaml(defaults, str(defaults))), (str(path), read_profile(profile)[0])]
     layers += [(f"override {str(override)!r}", _read_override(str(override))) for override in overrides]
     for origin, layer in layers:
         try:

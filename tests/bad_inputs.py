@@ -174,6 +174,7 @@ CONFIGS: dict[str, Case] = {
     "profile: zero bytes": (profile(b"seed: \0"), ["mine.yaml", "control characters"]),
     "profile: a section that is none": (profile("train: [1]"), ["mine.yaml", "TrainConfig"]),
     "profile: reads the environment": (profile("model: ${oc.env:HOME}"), ["outside of the experiment", "write the value"]),
+    "profile: notebooks are no map": (profile("notebooks: [1]"), ["mine.yaml", "notebooks is no map", "06_pareto"]),
     "profile: a name of dots": (profile("seed: 1", "...yaml"), ["...yaml", "does not begin with a dot"]),
     "profile: no such file": (lambda place: command("run", "--profile", "nowhere.yaml")(place), ["nowhere.yaml", "no such file"]),
     "profile: a name too long": (command("run", "--profile", "x" * 3000), ["unknown profile", "choose one of"]),

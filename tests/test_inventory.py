@@ -119,6 +119,12 @@ def test_a_changed_profile_text_or_file_makes_a_run_stale_and_a_new_version_does
     before = profile.read_text()
     profile.write_text(before.replace("router_hidden_size: 32", "router_hidden_size: 64"))
     assert reason(project, record) == "stale: dynamoe.router_hidden_size was 32, is 64"
+    profile.write_text(before + "\nnotebooks: {04_router_confusion: {width: 5}, 05_expert_usage: {width: 6}}\n")
+    assert reason(project, record) == "stale: width was not given, is 5"
+    record.run.parameters, record.run.command = {"width": 5}, "dynamoe-lab run 04_router_confusion --profile smoke"
+    assert reason(project, record) == "ok: "
+    record.run.parameters, record.run.command = {"width": 7}, "dynamoe-lab run 04_router_confusion --profile smoke -p width=7"
+    assert reason(project, record) == "ok: "  # typed: the profile does not count
     profile.write_text(before)
     record.env.packages = {"torch": "1.0"}
     assert reason(project, record).startswith("ok: made with torch 1.0, here 2.")

@@ -145,6 +145,39 @@ def test_a_parameter_needs_one_of_several_notebooks(project):
         prepare(paths, profile="smoke", given=["widht=4"])
 
 
+def test_a_profile_has_parameters_for_notebooks(project):
+    paths = [write_notebook(project, "a", [], TYPED), write_notebook(project, "b", [], "width: int = 3\n")]
+    profile = project / "mine.yaml"
+    profile.write_text("model: smollm2-pico\nseed: 3\nnotebooks: {a: {width: 5, thetas: [1, 0.5], overrides: [dynamoe.theta=0.7]}}\n")
+    a, b = prepare(paths, profile=str(profile))
+    assert a.own == {"width": 5, "thetas": [1.0, 0.5]}
+    assert (a.values["width"], a.values["overrides"], a.config["dynamoe"]["theta"]) == (5, ["dynamoe.theta=0.7"], 0.7)
+    assert (b.own, b.values["overrides"], b.config["seed"]) == ({}, [], 3)
+    typed, _ = prepare(paths, profile=str(profile), given=["width=4", "dynamoe.lambda_lm=0.1"])  # what is typed goes before the profile
+    assert typed.own == {"width": 4, "thetas": [1.0, 0.5]}
+    assert typed.values["overrides"] == ["dynamoe.theta=0.7", "dynamoe.lambda_lm=0.1"]
+    assert len({a.key, typed.key}) == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{c: {}}", r"notebooks\.c: no such notebook"),
+        ("{a: [1]}", r"notebooks\.a: no map of parameters"),
+        ("{a: {widht: 3}}", r"notebooks\.a: no parameter 'widht'; did you mean width"),
+        ("{a: {width: wide}}", r"notebooks\.a: width = 'wide', but width is a int \(default 3\)"),
+        ("{a: {output: x}}", r"notebooks\.a: no parameter 'output'"),
+        ("{a: {overrides: [dynamoe.teta=0.8]}}", r"did you mean dynamoe\.theta"),
+    ],
+)
+def test_a_profiles_parameters_are_checked_before_a_kernel_starts(project, without_kernel, section, message):
+    write_notebook(project, "a", [], TYPED)
+    profile = project / "mine.yaml"
+    profile.write_text(f"notebooks: {section}\n")
+    with pytest.raises(InputError, match=message):
+        run_notebooks(["a"], profile=str(profile))
+
+
 def test_notebooks_that_cannot_be_run_are_named(project):
     path = project / "notebooks" / "a.ipynb"
     path.write_text("{")

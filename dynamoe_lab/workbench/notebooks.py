@@ -31,7 +31,14 @@ from dynamoe_lab.workbench.files import (
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.handover import notebook_lock
 from dynamoe_lab.workbench.inputs import named_files
-from dynamoe_lab.workbench.parameters import Parameter, read_parameters, split_given, unknown_parameter, whole_number
+from dynamoe_lab.workbench.parameters import (
+    Parameter,
+    profile_values,
+    read_parameters,
+    split_given,
+    unknown_parameter,
+    whole_number,
+)
 from dynamoe_lab.workbench.records import (
     Record,
     RunError,
@@ -109,9 +116,16 @@ def prepare(paths: Sequence[Path], *, profile: str = "quick", given: Sequence[st
     """Check names, types and values for all notebooks; nothing is run. Raises `InputError` for the first thing that does not fit."""
     import nbformat
 
-    from dynamoe_lab.config import field_names, load_experiment, project_root
+    from dynamoe_lab.config import field_names, load_experiment, project_root, read_profile
 
     root, report, fields = project_root(), report_folder(profile, output), field_names()
+    chosen = read_profile(profile)[1]
+    for name in chosen:
+        if name not in (stems := [path.stem for path in discover()]):
+            near = difflib.get_close_matches(str(name), stems, n=1, cutoff=0.4)
+            raise InputError(
+                f"profile {profile}: notebooks.{name}: no such notebook; " + (f"did you mean {near[0]}?" if near else "see notebooks/")
+            )
     notebooks: list[tuple[str, Any, dict[str, Parameter]]] = []
     for path in paths:
         try:
@@ -121,8 +135,9 @@ def prepare(paths: Sequence[Path], *, profile: str = "quick", given: Sequence[st
         notebooks.append((path.stem, nb, read_parameters(nb, f"notebooks/{path.name}")))
     jobs, unread = [], set(given)
     for name, nb, parameters in notebooks:
-        values, overrides, unknown = split_given(given, parameters, fields)
+        typed, overrides, unknown = split_given(given, parameters, fields)
         unread &= set(unknown)
+        values = profile_values(chosen.get(name), parameters, f"profile {profile}: notebooks.{name}") | typed
         experiment = load_experiment(profile, [*values.get("overrides", parameters["overrides"].default), *overrides])
         own = {key: value for key, value in values.items() if key != "overrides"}
         values = {

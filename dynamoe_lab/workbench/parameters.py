@@ -2,6 +2,7 @@
 
 Papermill only warns about unknown names and finds parameters with a regular expression that drops lines with two `=`; the cell is Python,
 so it is read as Python here. `key=value` is a parameter of the notebook if it has one of that name, else a field of the experiment.
+A profile may have a section `notebooks` with values for the parameters of each: what is typed goes before them, and they before the cell's.
 """
 
 import ast
@@ -15,7 +16,7 @@ from typing import Any
 
 from dynamoe_lab.errors import InputError, first_line
 
-__all__ = ["Parameter", "parse_value", "read_parameters", "split_given", "whole_number"]
+__all__ = ["Parameter", "parse_value", "profile_values", "read_parameters", "split_given", "whole_number"]
 
 STANDARD = ("profile", "overrides", "output")  # every notebook has them; the runner fills them in
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict}
@@ -97,6 +98,27 @@ def split_given(
         else:
             unknown.append(pair)
     return values, overrides, unknown
+
+
+def profile_values(section: Any, parameters: dict[str, Parameter], where: str) -> dict[str, Any]:
+    """The values that a profile's section `notebooks` has for one notebook, in the types of its parameters.
+
+    Raises `InputError` that begins with `where`: no map, a name that the notebook does not have, a value of another type.
+    """
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise InputError(f"{where}: no map of parameters; write e.g. {{seeds: [0, 1]}}")
+    values, names = {}, [name for name in parameters if name not in ("profile", "output")]
+    for name, value in section.items():
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+            raise InputError(f"{where}: no parameter {name!r}; " + (f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"))
+        fits, values[name] = _first_fit(ast.parse(parameters[name].annotation, mode="eval").body, value)
+        if not fits:
+            wanted = f"{name} is a {parameters[name].annotation} (default {parameters[name].default!r})"
+            raise InputError(f"{where}: {name} = {value!r}, but {wanted}; correct it")
+    return values
 
 
 def _is_text(pair: str) -> bool:

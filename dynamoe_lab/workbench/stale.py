@@ -1,6 +1,7 @@
 """How a run stands today and why: what the runner would do again, and what has changed since that it would not."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,22 +65,21 @@ def other_since(record: Record) -> list[str]:
 
 
 def _other_fields(record: Record) -> list[str]:
-    """Fields of the experiment that the profile gives another value today: `train.steps was 12, is 20`."""
-    from dynamoe_lab.config import load_experiment, profiles
+    """Fields and parameters that the profile gives another value today: `train.steps was 12, is 20`."""
+    from dynamoe_lab.config import load_experiment, profiles, read_profile
 
     run = record.run
     try:
         if run.profile not in profiles():  # a file of its own; what was in it stands in the record
             return []
         today = json.loads(json.dumps(asdict(load_experiment(run.profile, run.overrides))))
+        asked = read_profile(run.profile)[1].get(run.name) or {}
     except (InputError, ValueError):
         return ["its profile or overrides do not fit today's fields"]
-    return [
-        f"{name} was {then.get(name)}, is {value}"
-        for then, now in [(_flat(run.config), _flat(without_paths(today)))]
-        for name, value in now.items()
-        if then.get(name) != value
-    ]
+    typed = {word.partition("=")[0] for word in shlex.split(run.command)}
+    then, now = _flat(run.config) | run.parameters, _flat(without_paths(today))
+    now |= {name: value for name, value in without_paths(asked).items() if name != "overrides" and name not in typed}
+    return [f"{name} was {then.get(name, 'not given')}, is {value}" for name, value in now.items() if then.get(name) != value]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
