@@ -121,6 +121,19 @@ class TestPareto:
         assert message.endswith(f"router and static cut of the same active parameters: θ = 0.9: {router['value'].iloc[0]:.2f} and 1.30")
         assert "71 %" in texts(ax), "a cut is known by its width, not by the θ it stands beside"
 
+    def test_the_key_says_where_training_budgets_differ(self):
+        rows = make_pareto(seeds=1)
+        other = rows[(rows["method"] == "router") & (rows["theta"] == 0.9)].assign(method="tomoe p = 0.7", train_tokens=204_800)
+
+        def names(frame: pd.DataFrame) -> set[str]:
+            return {text.get_text() for text in plots.plot_pareto(frame, dense_params=140e6).legends[0].get_texts()}
+
+        assert not any("tokens" in name for name in names(rows))
+        named = names(pd.concat([rows, other]))
+        assert "ToMoE, p = 0.7 (205 K tokens)" in named
+        trained = rows[rows["train_tokens"] > 0]["method"].nunique()
+        assert sum("tokens" in name for name in named) == trained + 1, "the others' budget stands beside it, too"
+
     @staticmethod
     def timed(seeds: int = 1) -> pd.DataFrame:
         """A router that saves half of what its parameters promise, static cuts that save all of it; the rest was not timed."""

@@ -253,10 +253,10 @@ def _front(points: pd.DataFrame, level: float, metric: str) -> tuple[np.ndarray,
 
 def _legend(figure: Figure | SubFigure, ax: Axes | None, points: pd.DataFrame, *, timed: bool, note: str) -> None:
     """The key: in axes that are free, else under the panels."""
-    handles = []
+    handles, budgets = [], _budgets(points)
     for method in dict.fromkeys(points["method"]):
         look = {"color": method_color(method), "marker": method_marker(method), "linestyle": "none", "markersize": 5.5}
-        handles.append(Line2D([], [], label=_name(method), **look))
+        handles.append(Line2D([], [], label=_name(method) + budgets.get(method, ""), **look))
     grey = {"color": "#666666", "marker": "o", "linestyle": "none", "markersize": 5.5}
     if (points["train_tokens"] == 0).any():
         handles.append(Line2D([], [], mfc="white", label="hollow: not trained", **grey))
@@ -274,6 +274,15 @@ def _legend(figure: Figure | SubFigure, ax: Axes | None, points: pd.DataFrame, *
     title = {"title": note, "title_fontsize": 6.5} if note else {}
     columns = max(1, int(figure.bbox.width / figure.dpi / 2))  # 2 inches each
     figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, **look, **title)
+
+
+def _budgets(points: pd.DataFrame) -> dict[str, str]:
+    """What a method was trained on, for the key; empty if all were trained on as much."""
+    trained = points[points["train_tokens"] > 0]
+    if trained["train_tokens"].nunique() < 2:
+        return {}
+    by_method = trained.groupby("method")["train_tokens"].unique()
+    return {method: f" ({', '.join(compact(tokens) for tokens in sorted(budgets))} tokens)" for method, budgets in by_method.items()}
 
 
 def _name(method: str) -> str:
