@@ -16,6 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dynamoe_lab"
+PROFILES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "defaults")
 
 # room -> what of ours it may import (errors, a leaf without imports, is open to all but the travelling models)
 ALLOWED = {
@@ -241,19 +242,32 @@ def test_defaults_yaml_mirrors_the_dataclasses():
     assert OmegaConf.to_container(written) == as_lists, f"configs/defaults.yaml lacks {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "defaults"))
+@pytest.mark.parametrize("profile", PROFILES)
 def test_every_shipped_profile_is_valid_and_holds_differences_only(profile):
+    import nbformat
     from omegaconf import OmegaConf
 
     from dynamoe_lab.config import load_experiment
+    from dynamoe_lab.workbench.parameters import read_parameters
 
     assert load_experiment(profile).profile == profile
     defaults = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "defaults.yaml"))
     differences = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / f"{profile}.yaml")) or {}
+    for notebook, values in differences.pop("notebooks", {}).items():
+        own = read_parameters(nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4), notebook)
+        for name, value in values.items():
+            assert value != own[name].default, f"{profile}.yaml repeats the default of {name} in {notebook}"
     for key, value in differences.items():
         for name, inner in value.items() if isinstance(value, dict) else [(None, value)]:
             default = defaults[key] if name is None else defaults[key][name]
             assert inner != default, f"{profile}.yaml repeats the default of {key}.{name}"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_shipped_profile_fits_the_notebooks(profile):
+    from dynamoe_lab.workbench.notebooks import discover, prepare
+
+    prepare(discover(), profile=profile)
 
 
 def test_no_path_of_a_machine_is_committed():
