@@ -188,7 +188,7 @@ def build_once(folder: Path, identity: dict[str, Any], build: Callable[[Path], N
 
 
 def _is_complete(folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether a folder was made from `identity`, and every file is as it was written."""
+    """Whether a folder was made from `identity`, and every file is as it was written. Raises `InputError` if it cannot be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
@@ -197,8 +197,10 @@ def _is_complete(folder: Path, identity: dict[str, Any]) -> bool:
         if "digests" not in manifest:
             _seal(folder, manifest)
         changed = [name for name in manifest["files"] if file_digest(folder / name) != manifest["digests"][name]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
+    except OSError as error:  # says nothing about what is there, which must not be removed for it
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); correct that, or set DYNAMOE_LAB_HOME to another folder") from error
     if changed:
         print(f"{folder.name}: {changed[0]} is not what was written; making the folder again", file=sys.stderr, flush=True)
     return not changed

@@ -105,6 +105,7 @@ def _vet(name: str | Path, place: str | Path, trust_remote_code: bool) -> None:
     if isinstance(place, Path):
         check_folder(place, trust_remote_code)
         with _quiet(), _as_input_error(name, place):
+            check_config(PreTrainedConfig.get_config_dict(place)[0], name, trust_remote_code)  # which may be another file than config.json
             if not trust_remote_code:
                 check_size(place, AutoConfig.from_pretrained(place, trust_remote_code=False), name)
         return

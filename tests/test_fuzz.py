@@ -247,7 +247,7 @@ def test_task_files(tmp_path, content):
     path.write_bytes(content)
     definition = told(read_definition, path)
     if definition is not None:
-        foreign_code(*definition)
+        foreign_code(definition)
         told(task_sources, path)
 
 

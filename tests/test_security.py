@@ -1,7 +1,9 @@
 """Nothing foreign is unpickled or run unasked, what is read back is what was written, nothing leaves its folder, text stays text."""
 
 import ast
+import errno
 import json
+import pickle
 import re
 import shutil
 from html.parser import HTMLParser
@@ -13,6 +15,7 @@ from bad_checkpoints import TASK, Bomb, byte_tokenizer, saved
 from bad_inputs import written
 from conftest import make_blocks, make_converted
 
+import dynamoe_lab as lab
 from dynamoe_lab import assets
 from dynamoe_lab.errors import InputError
 
@@ -138,15 +141,60 @@ def test_code_runs_when_it_is_asked_for(tmp_path, monkeypatch):
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"mine.yaml": f"include: base.yaml\n{TASK}", "base.yaml": "process_docs: !function mine.text"},
+        {"mine.yaml": f"include: base.yaml\nprocess_docs: null\n{TASK}", "base.yaml": "process_docs: !function mine.text"},
+        {"mine.yaml": f"process_docs: !function mine.text\nprocess_docs: null\n{TASK}"},
+        {"mine.yaml": f"metadata: {{!function mine.text : 1}}\n{TASK}"},
+        {"mine.yaml": f"metadata: [&a !function mine.text, *a]\n{TASK}"},
+        {"mine.yaml": f"%TAG !f! !func\n---\nmetadata: !f!tion mine.text\n{TASK}"},
+        {"mine.yaml": f"metadata: !<!function> mine.text\n{TASK}"},
+    ],
+    ids=["included", "overruled", "twice", "key", "alias", "tag", "verbatim"],
+)
+def test_no_function_of_a_task_file_runs_unasked(tmp_path, monkeypatch, files):
+    """lm-eval imports functions while it parses: what comes of them does not matter."""
+    from dynamoe_lab.evaluation.tasks import load_tasks
+
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "d.jsonl", '{"q": "a", "c": ["x", "y"], "a": 0}\n')
+    written(tmp_path, "mine.py", "open('ran', 'w')\ndef text(document):\n    return 'asked'")
+    paths = {name: written(tmp_path, name, content) for name, content in files.items()}
+    with pytest.raises(InputError, match=r"mine\.text.*read that code"):
+        load_tasks([paths["mine.yaml"]])
+    assert not (tmp_path / "ran").exists()
+
+
 def test_functions_of_lm_eval_itself_are_trusted_unless_a_file_hides_them(tmp_path):
     from dynamoe_lab.evaluation.task_sources import foreign_code, read_definition
 
     path = written(tmp_path, "mine.yaml", "task: mine\ndoc_to_text: !function lm_eval.tasks.winogrande.preprocess_winogrande.doc_to_text\n")
-    assert foreign_code(*read_definition(path)) is None
+    assert foreign_code(read_definition(path)) is None
     hidden = tmp_path / "lm_eval" / "tasks" / "winogrande" / "preprocess_winogrande.py"
     hidden.parent.mkdir(parents=True)
     hidden.write_text("")
-    assert "preprocess_winogrande" in foreign_code(*read_definition(path))
+    assert "preprocess_winogrande" in foreign_code(read_definition(path))
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"_attn_implementation": "owner/kernel"}, r"owner/kernel.*trust_remote_code"),
+        ({"transformers_weights": "evil.safetensors.index.json"}, r"evil\.safetensors\.index\.json.*refused"),
+    ],
+)
+def test_a_config_that_leads_to_another_file_is_asked_there(tmp_path, other, told):
+    """transformers reads the file that `configuration_files` names instead of config.json."""
+    folder = shutil.copytree(saved("dense"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    written(folder, "config.4.0.0.json", json.dumps(config | other))
+    written(folder, "config.json", json.dumps(config | {"configuration_files": ["config.4.0.0.json"]}))
+    written(folder, "evil.safetensors.index.json", json.dumps({"weight_map": {"lm_head.weight": "evil.bin"}}))
+    (folder / "evil.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(InputError, match=told):
+        lab.load_model(folder)
 
 
 def test_a_hub_checkpoint_is_asked_the_same(tmp_path, monkeypatch):
@@ -184,6 +232,20 @@ def built(tmp_path):
         return len(calls)
 
     return folder, build
+
+
+def test_a_folder_that_cannot_be_read_is_not_made_again(built, monkeypatch):
+    _, build = built
+    assert build() == 1
+
+    def refused(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assets, "file_digest", refused)
+        with pytest.raises(InputError, match=r"toy: cannot be read \(Too many open files\)"):
+            build()
+    assert build() == 1
 
 
 def test_a_file_of_the_same_size_that_was_changed_is_noticed(built, capsys):

@@ -204,6 +204,16 @@ def a_checkpoint_in_a_folder(root: Path) -> None:
     _convert(root)
 
 
+def test_the_work_of_another_folder_stays(tmp_path):
+    """`nested.v2` is being converted beside `nested`, which looks for what a killed command left of it."""
+    others, mine = tmp_path / ".nested.v2.4242.tmp", tmp_path / ".nested.4242.tmp"
+    for folder in (others, mine):
+        folder.mkdir()
+    _convert(tmp_path / "nested")
+    assert others.is_dir()
+    assert not mine.exists()
+
+
 WORK = [a_step, a_step_that_resumes, a_notebook, a_report, an_asset, a_new_checkpoint, a_checkpoint_in_a_folder]
 
 

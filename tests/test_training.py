@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -327,6 +328,23 @@ def test_only_a_whole_checkpoint_is_resumed(tmp_path, monkeypatch, capsys):
     damage(place / "checkpoint-4")
     assert complete_checkpoint(place) is None
     assert not list(place.iterdir())
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(tmp_path, monkeypatch):
+    """Too many open files, a disk that went away: none of that says that the checkpoint is not whole."""
+    from dynamoe_lab.training.resume import complete_checkpoint
+
+    _stopped_after(tmp_path / "run", monkeypatch)
+    whole = tmp_path / "run" / "trainer" / "checkpoint-6"
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else pytest.skip("no /proc")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened - 1, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"checkpoint-\d: cannot be read \(.*Too many open files"):
+            complete_checkpoint(whole.parent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert complete_checkpoint(whole.parent) == whole
 
 
 def test_a_damaged_checkpoint_is_trained_again_to_the_same_weights(tmp_path, monkeypatch, capsys):

@@ -7,18 +7,27 @@ Data that lies elsewhere (the Hub, a URL) is not looked at, nor is what a module
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from dynamoe_lab.errors import InputError, first_line
 
-__all__ = ["foreign_code", "is_task_file", "read_definition", "sources_digest", "task_sources"]
+__all__ = ["Definition", "foreign_code", "is_task_file", "read_definition", "sources_digest", "task_sources"]
 
 _REMOTE = "://"  # in a name: a URL, or a member of an archive
+_FUNCTION = "!function"  # tag
 _OWN = "lm_eval.tasks."  # functions of the installed lm-eval, which its own definitions name
 _MOST = 100_000  # values of a definition, repeated ones counted as often as they stand in it: few aliases can make any number
 _LONGEST_FILE = 5_000_000  # bytes
+
+
+class Definition(NamedTuple):
+    """What a task file and the files that it includes say."""
+
+    files: list[Path]  # the task file first, modules beside them last
+    config: dict[str, Any]  # with everything included; functions by their names
+    functions: list[tuple[str, Path]]  # every `!function` of every file with that file, of entries that others overrule, too
 
 
 def is_task_file(name: str | Path) -> bool:
@@ -38,12 +47,12 @@ def task_sources(name: str | Path) -> list[Path]:
     if not is_task_file(name):
         return []
     path = Path(name).expanduser()
-    files, config = read_definition(path)
-    return list(dict.fromkeys([*files, *_data(config, path)]))
+    definition = read_definition(path)
+    return list(dict.fromkeys([*definition.files, *_data(definition.config, path)]))
 
 
-def read_definition(path: Path) -> tuple[list[Path], dict[str, Any]]:
-    """The files that define a task, its own first, and what they say with everything included; functions by their names.
+def read_definition(path: Path) -> Definition:
+    """What defines a task.
 
     Raises InputError as `task_sources`, data aside.
     """
@@ -52,13 +61,15 @@ def read_definition(path: Path) -> tuple[list[Path], dict[str, Any]]:
     return _definition(path, path, ())
 
 
-def foreign_code(files: Iterable[Path], config: dict[str, Any]) -> str | None:
-    """What a definition would run that is not lm-eval's own: a function, or a metric from the Hub; None if there is nothing."""
-    for name in _functions(config):
-        beside = any(_module(name, file).is_file() for file in files)
-        if beside or not name.startswith(_OWN):
+def foreign_code(definition: Definition) -> str | None:
+    """What a definition would run that is not lm-eval's own: a function, or a metric from the Hub; None if there is nothing.
+
+    lm-eval imports every function of a file while it parses that file, whether anything comes of it or not, so all of them count.
+    """
+    for name, _ in definition.functions:
+        if not name.startswith(_OWN) or any(_module(name, file).is_file() for file in definition.files):
             return f"!function {name}"
-    metrics = config.get("metric_list")
+    metrics = definition.config.get("metric_list")
     for entry in metrics if isinstance(metrics, list) else ():
         if isinstance(entry, dict) and entry.get("hf_evaluate"):
             return f"the metric {entry.get('metric')!r} of the Hub (hf_evaluate)"
@@ -78,26 +89,24 @@ def sources_digest(sources: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-class _Function(str):
-    """The name behind the tag `!function`, which is not imported here."""
-
-
 class _Loader(yaml.SafeLoader):
-    """Reads a task file as lm-eval does, functions by their names."""
+    """Reads a task file as lm-eval does, but imports nothing: functions stay names."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))
+_Loader.add_constructor(_FUNCTION, lambda loader, node: loader.construct_scalar(node))
 
 
-def _definition(path: Path, whose: Path, parents: tuple[Path, ...]) -> tuple[list[Path], dict[str, Any]]:
-    """The files of a definition, and what it says when everything is included; `whose`: the task file that a message names."""
+def _definition(path: Path, whose: Path, parents: tuple[Path, ...]) -> Definition:
+    """A definition with everything included; `whose`: the task file that a message names."""
     path = path.resolve()
     if path in parents:
         raise InputError(f"task file {whose}: {path} includes itself; take it out of `include`")
     try:
         if path.stat().st_size > _LONGEST_FILE:
             raise ValueError(f"{path.name} is longer than any task")
-        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        text = path.read_text(encoding="utf-8")
+        own = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        functions = [(str(getattr(event, "value", "")), path) for event in yaml.parse(text) if getattr(event, "tag", None) == _FUNCTION]
         if _values(own, {}) > _MOST:
             raise ValueError(f"the aliases of {path.name} stand for more than {_MOST:,} values")
     except Exception as error:  # a constructor of YAML raises whatever its value raises
@@ -109,12 +118,13 @@ def _definition(path: Path, whose: Path, parents: tuple[Path, ...]) -> tuple[lis
         file = path.parent / included  # an absolute name stays what it is
         if not _is_file(file):
             raise InputError(f"task file {whose}: includes {file}, which is not there; write it, or take it out of `include`")
-        more, values = _definition(file, whose, (*parents, path))
-        files += more
-        config |= values
-    modules = (_module(name, path) for name in _functions(own))
+        more = _definition(file, whose, (*parents, path))
+        files += more.files
+        functions += more.functions
+        config |= more.config
+    modules = (_module(name, file) for name, file in functions if file == path)
     files += [module for module in modules if module.is_file()]  # others are importable packages, with versions of their own
-    return files, config | own
+    return Definition(files, config | own, functions)
 
 
 def _data(config: dict[str, Any], path: Path) -> Iterator[Path]:
@@ -177,11 +187,3 @@ def _names(value: Any) -> list[str]:
     if isinstance(value, (list, tuple)):
         return [name for part in value for name in _names(part)]
     return [] if value is None else [str(value)]
-
-
-def _functions(value: Any) -> Iterable[str]:
-    """Names of functions anywhere in a definition."""
-    if isinstance(value, _Function):
-        return [str(value)]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [name for part in parts for name in _functions(part)]

@@ -176,12 +176,13 @@ def _load_file(path: Path, trust_remote_code: bool) -> "Task":
 
     with contextlib.suppress(RuntimeError):  # a user who is not there
         path = path.expanduser()
-    files, config = read_definition(path)
+    definition = read_definition(path)
+    config = definition.config
     if not {"task", "group"} & set(config):
         raise InputError(f"task file {path}: names no task; write `task: ` and a name of its own into it")
     if "group" not in config and (not isinstance(config["task"], str) or not _TASK_NAME.fullmatch(config["task"])):
         raise InputError(f"task file {path}: task: {config['task']!r} is no name; use letters, digits, spaces and . _ - : +")
-    if not trust_remote_code and (code := foreign_code(files, config)) is not None:
+    if not trust_remote_code and (code := foreign_code(definition)) is not None:
         raise InputError(f"task file {path}: runs Python code, {code}; read that code, then set trust_remote_code=true to run it")
     _check_metrics(config, path)
     _sandbox_templates()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from dynamoe_lab.errors import first_line
+from dynamoe_lab.errors import InputError, first_line
 
 __all__ = ["complete_checkpoint"]
 
@@ -24,22 +24,30 @@ def complete_checkpoint(folder: Path) -> Path | None:
 
     Complete: `trainer_state.json`, which Trainer writes last, parses; the weights, the optimizer and the random state are there; no file
     is cut off. Contents are not compared with anything: a bit that flipped is not seen here.
+
+    Raises:
+        InputError: a checkpoint cannot be read, which says nothing about it; it is left alone.
     """
     complete = []
     for path in sorted(folder.glob("checkpoint-*")):
         try:
             complete.append((_checked_step(path), path))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, RuntimeError) as error:  # of safetensors; whole or not, it cannot be read now: a disk went away, say
+            raise InputError(f"{path}: cannot be read ({first_line(error)}); correct that, and give the same command") from error
+        except (ValueError, KeyError, TypeError) as error:
             print(f"removed the incomplete checkpoint {path.name} ({first_line(error)})", file=sys.stderr, flush=True)
             shutil.rmtree(path, ignore_errors=True)
     return max(complete)[1] if complete else None
 
 
 def _checked_step(checkpoint: Path) -> int:
-    """Optimizer steps done at a checkpoint. Raises OSError, ValueError, KeyError or TypeError if it is not whole."""
+    """Optimizer steps done at a checkpoint.
+
+    Raises ValueError, KeyError or TypeError if it is not whole, OSError or RuntimeError if it cannot be read.
+    """
     try:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ValueError("no trainer_state.json") from None
     except (ValueError, TypeError) as error:
         raise ValueError("trainer_state.json cannot be read") from error

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,16 +66,13 @@ def _new_folder(output: Path) -> Iterator[None]:
     refuses = f"{output}: is being written by pid {{pid}}; wait for it, or choose another --output"
     with locked(folder_lock(home(), output), refuses=refuses):
         folder = Path(os.path.abspath(output))
-        for left in [*folder.parent.glob(_scratch_name(folder, "*")), *folder.glob(_scratch_name(folder, "*"))]:
-            _take_back(left, folder)
-            shutil.rmtree(left, ignore_errors=True)
+        for left in (path for place in (folder.parent, folder) for path in place.glob(f".{glob.escape(folder.name)}.*.tmp")):
+            if re.fullmatch(rf"\.{re.escape(folder.name)}\.[0-9]+\.tmp", left.name):  # `.nested.v2.42.tmp` belongs to nested.v2
+                _take_back(left, folder)
+                shutil.rmtree(left, ignore_errors=True)
         if occupied(output):
             raise InputError(f"{output}: not an empty folder; choose another --output, or remove it")
         yield
-
-
-def _scratch_name(folder: Path, whose: int | str) -> str:
-    return f".{folder.name if isinstance(whose, int) else glob.escape(folder.name)}.{whose}.tmp"
 
 
 def _take_back(scratch: Path, folder: Path) -> None:
@@ -87,7 +85,7 @@ def _take_back(scratch: Path, folder: Path) -> None:
 def _save(model: Any, tokenizer: Any, output: Path, settings: dict[str, Any]) -> None:
     """Checkpoint, tokenizer and settings into a folder that is new or empty, all at once or not at all; config.json comes last."""
     folder = Path(os.path.abspath(output))  # `.` has no name of its own
-    there, name = folder.exists(), _scratch_name(folder, os.getpid())
+    there, name = folder.exists(), f".{folder.name}.{os.getpid()}.tmp"
     scratch = folder / name if there else folder.with_name(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with told_when_full(output, "free some, or choose another --output"):
