@@ -17,7 +17,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import notebooks
-from dynamoe_lab.workbench.export import introduction, notebook_html
+from dynamoe_lab.workbench.export import introduction, notebook_html, tidied
 from dynamoe_lab.workbench.notebooks import prepare, run_notebook, run_notebooks, select
 from dynamoe_lab.workbench.records import RunError, effective_status, load_record, place_text
 
@@ -221,6 +221,27 @@ def test_title_and_question_come_from_the_first_markdown(project):
     assert introduction(nb) == ("A title", "The question in two_lines.")
     nb.cells = [new_markdown_cell("# A"), new_markdown_cell("# B\ntext")]
     assert introduction(nb) == ("A", "")
+
+
+def test_long_outputs_are_capped():
+    lines = "".join(f"line {number}\n" for number in range(10_000))
+    outputs = [
+        nbformat.v4.new_output("stream", text=lines),
+        nbformat.v4.new_output("display_data", {"text/html": "<p>" + "x" * 600_000, "text/plain": "short"}),
+        nbformat.v4.new_output("display_data", {"text/html": "<p>" + "x" * 600_000}),
+        nbformat.v4.new_output("display_data", {"text/plain": "y" * 30_000, "image/png": "A" * 600_000}),
+    ]
+    nb = new_notebook(cells=[new_code_cell("print()", outputs=outputs)])
+    stream, html, alone, plain = tidied(nb, CHECKOUT).cells[0].outputs
+    assert stream.text.startswith("line 0\nline 1\n")
+    assert stream.text.endswith("line 9998\nline 9999\n")
+    assert re.search(r"\nline \d+\n\[\.\.\. ([\d,]+) characters left out \.\.\.\]\nline \d+\n", stream.text)
+    assert len(stream.text) < 20_100
+    assert html.data == {"text/plain": "short"}
+    assert list(alone.data) == ["text/plain"]
+    assert len(plain.data["text/plain"]) < 20_100
+    assert len(plain.data["image/png"]) == 600_000
+    assert len(nb.cells[0].outputs[0].text) == len(lines), "what was given is left as it is"
 
 
 def test_the_page_keeps_markup_and_drops_what_runs_or_loads():

@@ -34,12 +34,17 @@ _CSS = _words(
     "padding-left padding-right padding-top right text-align text-decoration top vertical-align white-space width"
 )
 _WIDGET = "application/vnd.jupyter.widget-view+json"
+_LONGEST_TEXT = 20_000  # characters of an output
+_LONGEST_MARKUP = 500_000  # characters: `render_tokens` of a long text is one
 # What a page without scripts can show, best first.
 _SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 
 
 def tidied(nb: Any, root: Path) -> Any:
-    """A copy without papermill's bookkeeping (it holds paths and times) and with paths in outputs and injected parameters shortened."""
+    """A copy without papermill's bookkeeping (it holds paths and times), with paths in outputs and injected parameters shortened.
+
+    Outputs are capped: of a long text begin and end stay, markup that is longer than a page gives way to its text.
+    """
     nb = deepcopy(nb)
     nb.metadata.pop("papermill", None)
     nb.metadata.pop("widgets", None)
@@ -52,10 +57,27 @@ def tidied(nb: Any, root: Path) -> Any:
             for name in ("text", "traceback", "evalue"):
                 if name in output:
                     output[name] = without_paths(output[name], root)
+            if isinstance(output.get("text"), str):
+                output["text"] = _capped(output["text"])
             for kind, content in output.get("data", {}).items():
                 if not kind.startswith("image/") or kind == "image/svg+xml":
                     output.data[kind] = without_paths(content, root)
+            for kind in ("text/html", "text/markdown", "text/latex"):
+                if len(output.get("data", {}).get(kind, "")) > _LONGEST_MARKUP:
+                    del output.data[kind]
+                    output.data.setdefault("text/plain", f"[{kind} of more than {_LONGEST_MARKUP:,} characters left out]")
+            if isinstance(plain := output.get("data", {}).get("text/plain"), str):
+                output.data["text/plain"] = _capped(plain)
     return nb
+
+
+def _capped(text: str) -> str:
+    """A text as it is, or, if it is long, its begin and its end, cut between lines where there are some, and how much stood between."""
+    if len(text) <= _LONGEST_TEXT:
+        return text
+    head, tail = text[: _LONGEST_TEXT // 2], text[-_LONGEST_TEXT // 2 :]
+    head, tail = head[: head.rfind("\n") + 1] or head + "\n", tail[tail.find("\n") + 1 :] or tail
+    return f"{head}[... {len(text) - len(head) - len(tail):,} characters left out ...]\n{tail}"
 
 
 def notebook_html(nb: Any, title: str) -> str:
