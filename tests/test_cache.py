@@ -184,10 +184,10 @@ def test_it_is_said_first_and_asked(kept):
     said, asked = [], []
     assert free_cache(home, reports, dry_run=True, agreed=asked.append, say=said.append, unused=True) == 0
     assert asked == []
-    assert said[-1].startswith("would free 1 entries, ")
+    assert said[-1].startswith("would free 1 entry, ")
     assert unused.folder.name in said[0]
     assert free_cache(home, reports, agreed=lambda text: asked.append(text), say=said.append, unused=True) == 1
-    assert asked[0].startswith("free 1 entries, ")
+    assert asked[0].startswith("free 1 entry, ")
     assert unused.folder.exists()
     assert free_cache(home, reports, agreed=lambda _: True, say=said.append, stale=True) == 0
     assert said[-1] == "nothing to free"

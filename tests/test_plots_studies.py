@@ -303,7 +303,7 @@ class TestCollapse:
         assert f"{low if low == high else f'{low} to {high}'} of {collapse['layer'].nunique()} layers on one" in heads[0]
         mean = collapse.query("router_gradient == 'straight_through' and lambda_router == 0").groupby("expert")["share"].mean()
         assert mean.idxmax() == 3
-        assert "λ = 0 (straight-through) 100 % of the MLP, by 9" in title(figure)
+        assert "with λ = 0 (straight-through): 100 % of the MLP, by 9" in title(figure)
 
     def test_entropy(self, frames):  # noqa: F811
         information = frames["information"]

@@ -180,7 +180,7 @@ def test_what_was_not_promised_is_said_first(project):
     record.env.unrepeatable = ["computed on cuda without torch's deterministic algorithms"]
     notes = not_promised(record, folder, project)
     assert any(note.startswith("made with torch 1.0, here ") for note in notes)
-    assert any(note.startswith("made with 4096 threads, here are ") for note in notes)
+    assert any(note.startswith("made with 4,096 threads, this machine has ") for note in notes)
     assert "computed on cuda without torch's deterministic algorithms" in notes
     assert any("its notebook's parameters are not known" in note for note in notes)
 

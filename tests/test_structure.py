@@ -24,6 +24,7 @@ ALLOWED = {
     "models": set(),
     "config": {"models"},
     "digests": set(),
+    "plural": set(),
     "disk": set(),
     "assets": {"digests", "disk"},
     "texts": {"assets"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "loading": {"assets", "models", "vetting"},
     "data": {"assets", "texts", "loading"},
     "vocabulary": set(),
-    "analysis": set(),
+    "analysis": {"plural"},
     "conversion": {"config", "assets", "loading", "data", "models"},
     "training": {"config", "disk", "assets", "loading", "data", "models"},
     "evaluation": {
@@ -46,6 +47,7 @@ ALLOWED = {
         "analysis.perplexity_ratio",
     },
     "workbench": {
+        "plural",
         "config",
         "digests",
         "disk",

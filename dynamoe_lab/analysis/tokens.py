@@ -12,6 +12,7 @@ from matplotlib.colors import to_hex
 from dynamoe_lab.analysis.fractions import Fractions, expert_count, row_fractions
 from dynamoe_lab.analysis.frames import require
 from dynamoe_lab.analysis.style import expert_colors
+from dynamoe_lab.plural import plural
 
 __all__ = ["render_tokens"]
 
@@ -69,7 +70,8 @@ def render_tokens(routing: pd.DataFrame, *, fractions: Fractions, title: str = "
     first = routing[routing["layer"] == routing["layer"].min()].sort_values("position")
     active = widths.mean(axis=1)
     least, most = float(active.min()), float(active.max())
-    spans = []
+    spans, layers = [], experts.shape[1]
+    place = f"layer 0 to {layers - 1}" if layers > 1 else "layer 0"
     for row, (token, surprisal, share) in enumerate(zip(first["token"], first["surprisal"], active, strict=True)):
         bars = "".join(
             f'<i style="height:{max(1, round(_BARS * width))}px;background:{colors[expert]}"></i>'
@@ -78,11 +80,11 @@ def render_tokens(routing: pd.DataFrame, *, fractions: Fractions, title: str = "
         surprise = "" if pd.isna(surprisal) else f", surprisal {surprisal:.1f} nats"
         says = f"{share:.0%} of the MLPs{surprise}" + ("" if agreed is None else f"; the label in {agreed[row]:.0%} of the layers")
         piece = html.escape(str(token)) or "&#8203;"
-        tip = f'<span class="dml-tip">{says}<span class="dml-bars">{bars}</span>layer 0 to {experts.shape[1] - 1}</span>'
+        tip = f'<span class="dml-tip">{says}<span class="dml-bars">{bars}</span>{place}</span>'
         color = _mix((share - least) / max(most - least, 1e-9))
         spans.append(f'<span class="dml-tok" tabindex="0" style="background:{color}">{piece}{tip}</span>')
     steps = "".join(f'<b style="background:{_mix(place)}"></b>{least + place * (most - least):.0%}' for place in (0, 0.5, 1))
-    summary = f"{len(first)} tokens, {active.mean():.0%} of the MLP neurons run on average"
+    summary = f"{plural(len(first), 'token')}, {active.mean():.0%} of the MLP neurons run on average"
     heading = f"<p class='dml-key'><strong>{html.escape(title)}</strong></p>" if title else ""
     key = f"<p class='dml-key'>{summary}. Mean active share of the MLPs:{steps}. Point at a token for its layers.</p>"
     return f'{_STYLE}{heading}{key}<div class="dml-text">{"".join(spans)}</div>'

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.files import locked, read_json
 from dynamoe_lab.workbench.holds import held_steps
@@ -290,4 +291,4 @@ def _remove_locks(home: Path, place: Path) -> str:
                 lock.unlink(missing_ok=True)
         except InputError:
             busy += 1
-    return f"{busy} locks are held" if busy else ""
+    return f"{plural(busy, 'lock')} still held" if busy else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.inventory import find_run, table_text
 from dynamoe_lab.workbench.records import RECORD_NAME, Record, StepUse, load_record, missing_files
@@ -99,7 +100,7 @@ def not_promised(record: Record, folder: Path, root: Path) -> list[str]:
     notes = [*stale_because(record, folder, root), *other_since(record)]
     notes += [reason for reason in record.env.unrepeatable if not reason.endswith("by other code")]  # said above, with the rooms
     if record.env.threads and record.env.threads > environment.usable_cores():
-        notes.append(f"made with {record.env.threads} threads, here are {environment.usable_cores()} cores")
+        notes.append(f"made with {plural(record.env.threads, 'thread')}, this machine has {plural(environment.usable_cores(), 'core')}")
     if not record.run.key:
         notes.append("made in JupyterLab or by papermill, its notebook's parameters are not known: defaults are taken")
     return list(dict.fromkeys(notes))
@@ -221,7 +222,7 @@ def _compare_steps(old: Sequence[StepUse], new: Sequence[StepUse]) -> list[Compa
 
 def _counted(names: Sequence[str]) -> str:
     weights = sum(name.endswith(".safetensors") for name in names)
-    parts = ["result"] * ("result" in names) + [f"{weights} file{'s' if weights > 1 else ''} of weights"] * bool(weights)
+    parts = ["result"] * ("result" in names) + [f"{plural(weights, 'file')} of weights"] * bool(weights)
     return " and ".join(parts)
 
 
@@ -259,5 +260,5 @@ def _told(record: Record, compared: Sequence[Comparison]) -> str:
     verdict = (
         f"{wrong} of {len(compared)} differ" if wrong else f"all equal, {'to the last digit' if whole else 'as far as the record goes'}"
     )
-    threads = f", {record.env.threads} thread{'s' if record.env.threads != 1 else ''}" if record.env.threads else ""
+    threads = f", {plural(record.env.threads, 'thread')}" if record.env.threads else ""
     return "\n".join([f"{record.run.name}  {verdict}  (seed {record.run.config.get('seed')}{threads})", *lines])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench.files import without_paths
 
 __all__ = ["Line", "examine"]
@@ -109,7 +110,7 @@ def _torch() -> Iterator[Line]:
         yield Line("bad", f"torch cannot be imported ({type(error).__name__}: {error})", "make env in a fresh checkout")
         return
     where = f"CUDA: {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else "no GPU: the quick profile needs none"
-    yield Line("ok", f"torch {torch.__version__}, {torch.get_num_threads()} threads, {where}")
+    yield Line("ok", f"torch {torch.__version__}, {plural(torch.get_num_threads(), 'thread')}, {where}")
 
 
 def _machine() -> Iterator[Line]:
@@ -118,7 +119,7 @@ def _machine() -> Iterator[Line]:
     memory = psutil.virtual_memory()
     free = memory.available / 2**30
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    text = f"{cores} core{'s' if cores > 1 else ''}, {free:.1f} of {memory.total / 2**30:.1f} GB memory free"
+    text = f"{plural(cores, 'core')}, {free:.1f} of {memory.total / 2**30:.1f} GB memory free"
     enough = free >= NEEDED_MEMORY_GB
     yield Line(
         "ok" if enough else "note", text, "" if enough else f"the quick profile takes about {NEEDED_MEMORY_GB:.0f} GB: close something"
@@ -159,12 +160,12 @@ def _kept() -> Iterator[Line]:
     if not steps:
         return
     stale, rest = [step for step in steps if step.stale], [entry for entry in entries if entry.kind in ("damaged", "unfinished")]
-    text = f"{len(steps)} steps take {memory(sum(step.bytes for step in steps))}"
+    text = f"{plural(len(steps), 'step')} {'takes' if len(steps) == 1 else 'take'} {memory(sum(step.bytes for step in steps))}"
     if stale:
         text += f", {len(stale)} of them ({memory(sum(step.bytes for step in stale))}) computed by other code"
     yield Line("ok", text, "dynamoe-lab cache free --stale" if stale else "")
     if idle := [entry for entry in rest if not entry.held]:
-        text = f"{len(idle)} steps in the cache are damaged or not finished ({memory(sum(entry.bytes for entry in idle))})"
+        text = f"in the cache, damaged or not finished: {plural(len(idle), 'step')} ({memory(sum(entry.bytes for entry in idle))})"
         yield Line("note", text, "the command that began them goes on from there; or dynamoe-lab cache free --scratch")
 
 
@@ -179,7 +180,7 @@ def _runs() -> Iterator[Line]:
     for row in rows:
         states.setdefault(row["state"], []).append(row["run"])
     if rows:
-        yield Line("ok", f"{len(rows)} runs: {', '.join(f'{len(names)} {state}' for state, names in states.items())}")
+        yield Line("ok", f"{plural(len(rows), 'run')}: {', '.join(f'{len(names)} {state}' for state, names in states.items())}")
     for state in ("failed", "interrupted", "unreadable"):
         if names := states.get(state):
             yield Line("note", f"{state}: {', '.join(names)}", f"dynamoe-lab show {names[0]} says why, and the command that runs it again")

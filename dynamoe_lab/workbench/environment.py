@@ -14,6 +14,8 @@ from pathlib import Path
 
 import xxhash
 
+from dynamoe_lab.plural import plural
+
 __all__ = [
     "PACKAGES",
     "ROOMS_WITHOUT_RESULTS",
@@ -122,7 +124,7 @@ def _git(folder: Path, *arguments: str) -> str:
 def platform_name() -> str:
     """Operating system, machine and usable cores, e.g. `Linux x86_64, 2 cores`; no host name."""
     cores = usable_cores()
-    return f"{platform.system()} {platform.machine()}, {cores} core{'s' if cores > 1 else ''}"
+    return f"{platform.system()} {platform.machine()}, {plural(cores, 'core')}"
 
 
 @cache

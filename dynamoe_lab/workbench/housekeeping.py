@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench.cache import KINDS, Entry, choose, free, survey
 from dynamoe_lab.workbench.files import without_paths
 from dynamoe_lab.workbench.inventory import WIDTH, age_text, table_text
@@ -105,7 +106,7 @@ def free_cache(
         say(f"... and {len(entries) - SHOWN} more")
     total = memory(sum(entry.bytes for entry in entries if not entry.held))
     busy = sum(bool(entry.held) for entry in entries)
-    what = f"{len(entries) - busy} entries, {total}" + (f" ({busy} are in use and stay)" if busy else "")
+    what = f"{plural(len(entries) - busy, 'entry')}, {total}" + (f" (in use, kept: {busy})" if busy else "")
     if dry_run:
         say(f"would free {what}")
         return 0
@@ -115,7 +116,7 @@ def free_cache(
     gone, kept = free(home, entries)
     for entry, reason in kept:
         say(f"kept {entry.name}: {reason}")
-    say(f"freed {len(gone)} entries, {memory(sum(entry.bytes for entry in gone))}")
+    say(f"freed {plural(len(gone), 'entry')}, {memory(sum(entry.bytes for entry in gone))}")
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.cache import Entry, size_on_disk, survey
 from dynamoe_lab.workbench.files import read_json, without_paths
@@ -182,7 +183,7 @@ def list_steps(home: Path, reports: Path) -> str:
     header = ("key", "function", "disk", "age", "used", "took", "state", "other code; used by")
     table = table_text(header, rows, right=("disk", "age", "used", "took"), width=WIDTH)
     total, folder = memory(sum(entry.bytes for entry in entries)), without_paths(str(home / "steps"))
-    return f"{table}\n{len(rows)} steps, {total} in {folder}; dynamoe-lab cache free removes some"
+    return f"{table}\n{plural(len(rows), 'step')}, {total} in {folder}; dynamoe-lab cache free removes some"
 
 
 def _users(entry: Entry) -> str:

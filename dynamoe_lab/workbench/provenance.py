@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.files import without_paths
 from dynamoe_lab.workbench.records import Environment, Record, StepUse
@@ -90,7 +91,7 @@ def why_unrepeatable(record: Record, experiment: "Experiment") -> list[str]:
             unlike.setdefault(f"earlier with {name} {value}", []).append(use.function)
         if use.threads and record.env.threads and use.threads != record.env.threads:
             when = "earlier " if use.cached else "in a sweep's process "  # which gets its share of the cores unless `threads` is set
-            unlike.setdefault(f"{when}with {use.threads} thread{'s' if use.threads > 1 else ''}", []).append(use.function)
+            unlike.setdefault(f"{when}with {plural(use.threads, 'thread')}", []).append(use.function)
         if use.stale:
             unlike.setdefault("earlier by other code", []).append(use.function)
     return reasons + [f"{', '.join(dict.fromkeys(functions))} computed {how}" for how, functions in unlike.items()]

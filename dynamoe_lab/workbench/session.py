@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.drawn import figure_files, frame_csv
@@ -308,7 +309,7 @@ class Run:
             "result": results.scalars,
             "finding": results.findings,
         }
-        parts = [f"{len(found)} {kind}{'s' if len(found) > 1 else ''}" for kind, found in counts.items() if found]
+        parts = [plural(len(found), kind) for kind, found in counts.items() if found]
         print(without_paths(f"{self.name}  ok  {', '.join(parts) or 'nothing recorded'}  in {self.folder}", self._root), flush=True)
 
     # --- inside ------------------------------------------------------------------------------------------------------------------

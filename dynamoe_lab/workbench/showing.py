@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench.cache import size_on_disk
 from dynamoe_lab.workbench.files import without_paths
 from dynamoe_lab.workbench.inventory import WIDTH, age_text, table_text
@@ -57,7 +58,7 @@ def _facts(record: Record, folder: Path, state: str, why: list[str]) -> list[tup
     when = run.finished or run.started
     ago = f", {age_text(time.time() - datetime.fromisoformat(when).timestamp())} ago" if when else ""
     log = folder / LOG_NAME
-    threads = f"{env.threads} thread{'s' if env.threads != 1 else ''}" if env.threads else ""
+    threads = plural(env.threads, "thread") if env.threads else ""
     again = (
         f"no: {'; '.join(env.unrepeatable)}"
         if env.unrepeatable

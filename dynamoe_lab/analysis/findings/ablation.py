@@ -7,6 +7,7 @@ from dynamoe_lab.analysis.findings.pareto import SAME_COMPUTE
 from dynamoe_lab.analysis.frames import list_names, percent
 from dynamoe_lab.analysis.metrics.ablation import ablation_table, case_name, failed_cells, rank_settings, value_text
 from dynamoe_lab.analysis.metrics.pareto import lower_is_better
+from dynamoe_lab.plural import plural
 
 __all__ = ["ablation_finding"]
 
@@ -55,7 +56,7 @@ def ablation_finding(sweep: pd.DataFrame, *, axis: str, metric: str = "perplexit
     if max(spans, default=0) > SAME_COMPUTE:
         texts.append(f"settings differ by up to {100 * max(spans):.0f} points in the MLP they run, so {metric} alone does not rank them")
     seeds = f", {int(table['seeds'].max())} seeds" if table["seeds"].max() > 1 else ""
-    documents = f"n = {int(table['n'].min())} documents" if np.isfinite(table["n"]).all() else "no n"
+    documents = f"n = {plural(table['n'].min(), 'document')}" if np.isfinite(table["n"]).all() else "no n"
     failed = failed_cells(sweep)
     missing = f"; cells that failed and are not told: {failed}" if failed else ""
     return f"{metric} by {axis} ({documents}{seeds}): {'; '.join(texts)}{missing}."

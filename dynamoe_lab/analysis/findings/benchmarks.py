@@ -66,7 +66,7 @@ def benchmark_finding(deltas: pd.DataFrame, *, reference: str = "the dense model
     n = f"n = {counts.min():,}" + (f" to {counts.max():,}" if counts.max() > counts.min() else "")
     note = split_note(deltas)
     message = ". ".join(text[0].upper() + text[1:] for text in texts)
-    return f"{message} ({n} documents a task{f'; {note}' if note else ''})."
+    return f"{message} ({n} {'document' if counts.max() == 1 else 'documents'} a task{f'; {note}' if note else ''})."
 
 
 def _sides(tasks: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import pandas as pd
 from dynamoe_lab.analysis.findings.wording import tokens_text
 from dynamoe_lab.analysis.frames import ALL, expert_names, percent, require, split_layers
 from dynamoe_lab.analysis.metrics.collapse import CASE, collapsed_layers, run_name
+from dynamoe_lab.plural import plural
 
 __all__ = ["collapse_finding", "collapse_verdict"]
 
@@ -52,7 +53,7 @@ def collapse_finding(
         counts = rows.groupby("seed")["collapsed"].sum()
         stuck = rows[rows["collapsed"]]
         if (counts == layers).all():
-            said = f"all {layers} layers collapsed"
+            said = f"all {plural(layers, 'layer')} collapsed"
         elif (counts == 0).all():
             said = f"no layer of {layers} collapsed"
         else:
@@ -66,8 +67,8 @@ def collapse_finding(
         spread = f" (seeds {percent(active.min())} to {percent(active.max())})" if percent(active.min()) != percent(active.max()) else ""
         texts.append(
             f"{run_name(weight, gradient, cases)}: {said}, {percent(active.mean())} of the MLP neurons active{spread}, entropy "
-            f"{means['entropy'].mean():.2f} bits, {max(means['information'].mean(), 0):.2f} bits told by the token's id"
-            f"{f', {seeds} seeds' if seeds > 1 else ', 1 seed'}"
+            f"{means['entropy'].mean():.2f} bits, {max(means['information'].mean(), 0):.2f} bits told by the token's id, "
+            f"{plural(seeds, 'seed')}"
         )
     tokens = tokens_text(strict["tokens"].max())
     return (
@@ -112,7 +113,7 @@ def collapse_verdict(collapse: pd.DataFrame, *, fractions: Sequence[float] | Non
     texts = []
     for gradient, found in counts.groupby("router_gradient"):
         how = (
-            f"all {layers} layers"
+            f"all {plural(layers, 'layer')}"
             if (found == layers).all()
             else f"no layer of {layers}"
             if not found.any()

@@ -8,6 +8,7 @@ from dynamoe_lab.analysis.frames import ALL, list_names, one_run, percent, requi
 from dynamoe_lab.analysis.metrics.difficulty import COVARIATE_NAMES
 from dynamoe_lab.analysis.metrics.labels import FIRST, LATER
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 
 __all__ = ["difficulty_domain_finding", "difficulty_finding", "label_share_finding"]
 
@@ -46,7 +47,7 @@ def difficulty_finding(correlations: pd.DataFrame) -> str:
     return (
         f"At θ = {first['theta']:g} a token's difficulty, the mean share of the MLP that its labels ask for, {', '.join(parts[:-1])}"
         f"{' and ' if len(parts) > 1 else ''}{parts[-1]} (Spearman, {percent(first['confidence'])} intervals over documents; "
-        f"n = {int(rows['n'].max())} documents, {tokens_text(rows['tokens'].max())}, position 0 left out)."
+        f"n = {plural(rows['n'].max(), 'document')}, {tokens_text(rows['tokens'].max())}, position 0 left out)."
     )
 
 
@@ -64,9 +65,8 @@ def label_share_finding(shares: pd.DataFrame, theta: float) -> str:
         >>> similarity = pd.DataFrame({"run": "a", "domain": "web", "position": [1, 2, 3, 4], "layer": 0})
         >>> shares = lab.label_shares(similarity.assign(similarity_0=[0.95, 0.8, 0.6, 0.2]), [0.5, 0.9], fractions=(0.5, 1.0))
         >>> print(lab.label_share_finding(shares, theta=0.9))
-        At θ = 0.9 labels ask for 87.5 % of the MLP on average, from 87.5 % in layer 0 to 87.5 % in layer 0; over thresholds the mean
-        goes from 62 % at θ = 0.5 to 88 % at θ = 0.9; one label covers 99 % or more of the tokens in 0 of 1 layers (n = 4 tokens in
-        each layer).
+        At θ = 0.9 labels ask for 87.5 % of the MLP on average; over thresholds the mean goes from 62 % at θ = 0.5 to 88 % at θ = 0.9;
+        one label covers 99 % or more of the tokens in 0 of 1 layers (n = 4 tokens in each layer).
     """
     needed = ("run", "theta", "domain", "place", "layer", "label", "fraction", "tokens", "share")
     require(shares, needed, "label_share_finding")
@@ -83,10 +83,10 @@ def label_share_finding(shares: pd.DataFrame, theta: float) -> str:
     whole = (pooled["share"] * pooled["fraction"]).groupby([pooled["place"], pooled["theta"]]).sum()
     most = at.loc[at.groupby("layer")["share"].idxmax(), "share"]
     alone = int((most >= 0.99).sum())
-    sentence = (
-        f"At θ = {theta:.3g} labels ask for {percent(whole[LATER, theta], 1)} of the MLP on average, from {percent(by_layer.min(), 1)} in "
-        f"layer {by_layer.idxmin()} to {percent(by_layer.max(), 1)} in layer {by_layer.idxmax()}"
-    )
+    sentence = f"At θ = {theta:.3g} labels ask for {percent(whole[LATER, theta], 1)} of the MLP on average"
+    if len(by_layer) > 1:
+        ends = [f"{percent(by_layer[layer], 1)} in layer {layer}" for layer in (by_layer.idxmin(), by_layer.idxmax())]
+        sentence += f", from {ends[0]} to {ends[1]}"
     if len(thetas) > 1:
         ends = [f"{percent(whole[LATER, value])} at θ = {value:.3g}" for value in thetas[[0, -1]]]
         sentence += f"; over thresholds the mean goes from {ends[0]} to {ends[1]}"

@@ -5,6 +5,7 @@ import pandas as pd
 
 from dynamoe_lab.analysis.findings.wording import one_row, tokens_text, verdict
 from dynamoe_lab.analysis.frames import ALL, compact, one_run, percent, require, split_layers
+from dynamoe_lab.plural import plural
 
 __all__ = ["active_params_finding", "conversion_finding", "perplexity_finding", "training_finding"]
 
@@ -75,10 +76,10 @@ def training_finding(steps: pd.DataFrame, *, window: int = 10, dense_loss: float
     lm, router = ([f"{part[name].mean():.2f}" for part in (first, last)] for name in ("lm_loss", "router_loss"))
     right = [percent(part["router_accuracy"].mean()) for part in (first, last)]
     return (
-        f"In {len(steps)} steps ({tokens_text(steps['tokens'].iloc[-1])}) the LM loss went from {lm[0]} to {lm[1]} nats per "
+        f"In {plural(len(steps), 'step')} ({tokens_text(steps['tokens'].iloc[-1])}) the LM loss went from {lm[0]} to {lm[1]} nats per "
         f"token{dense}; {trend}; the router loss went from {router[0]} to {router[1]}, router accuracy from "
         f"{right[0]} to {right[1]}, with {percent(last['active_mlp_fraction'].mean())} of the MLP neurons active "
-        f"(means of {window} steps)."
+        f"(means of {plural(window, 'step')})."
     )
 
 
@@ -107,7 +108,7 @@ def perplexity_finding(perplexity: pd.DataFrame, *, confidence: float = 0.95) ->
         text = f"{row['run']}: perplexity" if row["run"] else "perplexity"
         if np.isfinite(row.get("active_mlp_fraction", np.nan)):
             text = text.replace("perplexity", f"with {percent(row['active_mlp_fraction'])} of the MLP neurons, perplexity")
-        sample = f"n = {int(row['n'])} documents, {tokens_text(row['tokens'])}"
+        sample = f"n = {plural(row['n'], 'document')}, {tokens_text(row['tokens'])}"
         if np.isfinite(row["ratio"]):
             against = verdict(row["low"] - 1, row["high"] - 1)
             text += f" {row['perplexity']:.1f}, {against} the dense model's {row['reference_perplexity']:.1f} on the same documents: "

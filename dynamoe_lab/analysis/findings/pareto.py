@@ -7,6 +7,7 @@ from dynamoe_lab.analysis.findings.wording import tokens_text, verdict
 from dynamoe_lab.analysis.frames import compact, list_names, percent, require, signed
 from dynamoe_lab.analysis.metrics.pareto import ACCURACY, pareto_points
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 
 __all__ = ["pareto_finding", "static_finding"]
 
@@ -69,7 +70,7 @@ def pareto_finding(pareto: pd.DataFrame) -> str:
     budgets = [f"{int(tokens):,}" for tokens in sorted(routed["train_tokens"].unique())]
     timed = " (time: of a prefill, median and 10 to 90 % quantiles over rounds)" if routed["time_ratio"].notna().any() else ""
     trained = f"trained on {list_names(budgets)} tokens" if routed["train_tokens"].max() > 0 else "without training"
-    return f"{kind} {trained}, on n = {int(routed['n'].min())} documents: {'; '.join(texts)}{timed}."
+    return f"{kind} {trained}, on n = {plural(routed['n'].min(), 'document')}: {'; '.join(texts)}{timed}."
 
 
 def _accuracy_text(pareto: pd.DataFrame, setting: dict) -> str:
@@ -164,5 +165,5 @@ def static_finding(comparison: pd.DataFrame) -> str:
             f"against a static {percent(part['static_fraction'].mean())} ({compute}): perplexity {said} the static cut's, ratio "
             f"{ratio:.3f} ({spread}), {meaning}"
         )
-    sample = f"n = {int(comparison['n'].min())} documents, {tokens_text(comparison['tokens'].min())}"
+    sample = f"n = {plural(comparison['n'].min(), 'document')}, {tokens_text(comparison['tokens'].min())}"
     return f"Routing beside a static cut trained alike, paired by document ({sample}): {'; '.join(texts)}."

@@ -5,6 +5,7 @@ import pandas as pd
 
 from dynamoe_lab.analysis.findings.wording import against_text, interval_text, one_row, points_text, sample_text, verdict
 from dynamoe_lab.analysis.frames import ALL, one_run, percent, require, split_layers
+from dynamoe_lab.plural import plural
 
 __all__ = ["neighbour_finding", "router_finding"]
 
@@ -25,8 +26,8 @@ def router_finding(chance: pd.DataFrame) -> str:
         >>> routing = routing.assign(label=[0, 0, 0, 0, 1, 1], expert=[0, 0, 0, 0, 1, 1])  # no error, but six documents
         >>> chance = lab.router_chance(routing, theta=0.9)
         >>> print(lab.router_finding(chance))
-        The router is right for 100 % of tokens (95 % interval 100 % to 100 %; n = 6 tokens in each of 1 layers, 6 documents), not
-        distinguishable from the commonest label of each layer (66.7 %; difference +33.3 points, ...) and not distinguishable from a
+        The router is right for 100 % of tokens (95 % interval 100 % to 100 %; n = 6 tokens in 1 layer, 6 documents), not distinguishable
+        from the commonest label of each layer (66.7 %; difference +33.3 points, ...) and not distinguishable from a
         router that sees only the token id (66.7 %; difference +33.3 points, ...); layer by layer ... in 1.
     """
     rows, row = _chance(chance, "router_finding")
@@ -63,11 +64,11 @@ def neighbour_finding(chance: pd.DataFrame) -> str:
     _, row = _chance(chance, "neighbour_finding")
     errors, documents = int(row["errors"]), int(row["documents"])
     if not errors:
-        return f"The router made no error in {documents} documents, so nothing can be said about neighbours."
+        return f"The router made no error in {plural(documents, 'document')}, so nothing can be said about neighbours."
     against = verdict(row["neighbour_minus_chance_low"], row["neighbour_minus_chance_high"])
     return (
         f"{percent(row['neighbour_share'], 1)} of the router's errors miss by exactly one expert "
-        f"({interval_text(row, 'neighbour_share')}; n = {errors:,} errors in {documents} documents), {against} the "
+        f"({interval_text(row, 'neighbour_share')}; n = {plural(errors, 'error')} in {plural(documents, 'document')}), {against} the "
         f"{percent(row['neighbour_chance'], 1)} that would if expert and label were independent (difference "
         f"{points_text(row, 'neighbour_minus_chance')}); errors spread evenly over the other experts would give "
         f"{percent(row['neighbour_uniform'], 1)}."

@@ -6,6 +6,7 @@ import pandas as pd
 from dynamoe_lab.analysis.findings.wording import FEW, one_row, tokens_text
 from dynamoe_lab.analysis.frames import ALL, compact, list_names, one_run, percent, require, split_layers
 from dynamoe_lab.analysis.metrics.specialisation import FACTORS, above_control
+from dynamoe_lab.plural import plural
 
 __all__ = ["mask_stability_finding", "pruned_params_finding", "specialisation_finding", "tomoe_training_finding", "union_finding"]
 
@@ -36,7 +37,7 @@ def tomoe_training_finding(steps: pd.DataFrame, *, p: float, experts: int) -> st
         A short training: after 2 steps (1,024 tokens) 80.0 % of the weights of attention and MLPs are active on average under
         training noise (by the widest expert and token 90.0 %; target 70 %), and under that noise 100 % of the neurons are in some
         expert; without noise the KL from the dense model on held-out text is 0.300 nats per token, rising (before: 0.200); balance is
-        0.125 (used alike: 0.125, one expert alone: 1; mean of 1 steps); the paper's runs saw 20,000 times as many tokens.
+        0.125 (used alike: 0.125, one expert alone: 1; mean of 1 step); the paper's runs saw 20,000 times as many tokens.
     """
     needed = ("step", "tokens", "active_ratio_mean", "active_ratio_max", "union_coverage", "balance_loss", "heldout_kl")
     require(steps, needed, "tomoe_training_finding")
@@ -70,8 +71,8 @@ def tomoe_training_finding(steps: pd.DataFrame, *, p: float, experts: int) -> st
     short = "A short training: after" if scale else "After"
     window = steps["balance_loss"].tail(max(1, min(10, len(steps) // 2)))
     return (
-        f"{short} {len(steps)} steps ({tokens_text(last['tokens'])}) {told}; {divergence}; balance is {window.mean():.3f} (used alike: "
-        f"{1 / experts:.3f}, one expert alone: 1; mean of {len(window)} steps){scale}."
+        f"{short} {plural(len(steps), 'step')} ({tokens_text(last['tokens'])}) {told}; {divergence}; balance is {window.mean():.3f} "
+        f"(used alike: {1 / experts:.3f}, one expert alone: 1; mean of {plural(len(window), 'step')}){scale}."
     )
 
 
@@ -88,8 +89,8 @@ def union_finding(union: pd.DataFrame, attention: pd.DataFrame | None = None) ->
     Example:
         >>> masks = pd.DataFrame({"run": "a", "layer": 0, "expert": [0, 0, 1, 1], "neuron": [0, 1, 0, 1], "neurons": 4})
         >>> print(lab.union_finding(lab.mask_union(masks, experts=2)))  # both experts hold the neurons 0 and 1
-        Of 4 neurons in 1 layers 50.00 % are in at least one of 2 experts (least in layer 0: 50.00 %; experts of the same widths drawn
-        at random: 75.00 %), and 50.0 % in all of them, against 25.0 % at random: more than at random in 1 of 1 layers.
+        Of 4 neurons in 1 layer 50.00 % are in at least one of 2 experts (least in layer 0: 50.00 %; experts of the same widths drawn at
+        random: 75.00 %), and 50.0 % in all of them, against 25.0 % at random: more than at random in 1 of 1 layers.
     """
     require(union, ("layer", "count", "share", "chance", "neurons"), "union_finding")
     one_run(union, "union_finding")
@@ -101,12 +102,12 @@ def union_finding(union: pd.DataFrame, attention: pd.DataFrame | None = None) ->
     apart = single[single["count"] == experts].set_index("layer")
     left = "" if attention is None else f"; {_attention_text(attention)}"
     if pooled.loc[experts, "share"] == 1:
-        return f"None of {neurons:,} neurons in {len(lost)} layers is closed in any of {experts} experts{left}."
+        return f"None of {neurons:,} neurons in {plural(len(lost), 'layer')} is closed in any of {experts} experts{left}."
     more = int((apart["share"] > apart["chance"]).sum())
     whole = pooled.loc[experts]
     return (
-        f"Of {neurons:,} neurons in {len(lost)} layers {percent(1 - pooled.loc[0, 'share'], 2)} are in at least one of {experts} experts "
-        f"(least in layer {lost.idxmax()}: {percent(1 - lost.max(), 2)}; experts of the same widths drawn at random: "
+        f"Of {neurons:,} neurons in {plural(len(lost), 'layer')} {percent(1 - pooled.loc[0, 'share'], 2)} are in at least one of "
+        f"{experts} experts (least in layer {lost.idxmax()}: {percent(1 - lost.max(), 2)}; experts of the same widths drawn at random: "
         f"{percent(1 - pooled.loc[0, 'chance'], 2)}), and {percent(whole['share'], 1)} in all of them, against "
         f"{percent(whole['chance'], 1)} at random: more than at random in {more} of {len(lost)} layers{left}."
     )
@@ -199,7 +200,7 @@ def specialisation_finding(specialisation: pd.DataFrame, *, before: pd.DataFrame
     return (
         f"The association of the choice of expert: {'; '.join(texts)} ({percent(row['confidence'])} intervals over documents and bands "
         f"over {int(row['permutations'])} shuffles; "
-        f"n = {tokens_text(row['tokens'])}, {int(row['documents'])} documents, position 0 left out)."
+        f"n = {tokens_text(row['tokens'])}, {plural(row['documents'], 'document')}, position 0 left out)."
     )
 
 

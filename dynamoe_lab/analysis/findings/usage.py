@@ -37,10 +37,10 @@ def usage_finding(active: pd.DataFrame, *, usage: pd.DataFrame | None = None) ->
     whole = one_row(pooled, _ACTIVE, f"usage_finding: the row of layer '{ALL}'")
     layers = layers.set_index("layer").sort_values("active_fraction", kind="stable")
     ends = [f"{mean_text(layers.iloc[at])} in layer {layers.index[at]}" for at in (0, -1)]
-    few = min(3, len(layers) // 2)
+    across, few = f", from {ends[0]} to {ends[1]}", min(3, len(layers) // 2)
     extremes = f"; least in layers {list_names(layers.index[:few])}, most in layers {list_names(layers.index[: -few - 1 : -1])}"
     sentence = (
-        f"Averaged over layers a token runs {mean_text(whole)} of the MLP neurons, from {ends[0]} to {ends[1]}"
+        f"Averaged over layers a token runs {mean_text(whole)} of the MLP neurons{across if len(layers) > 1 else ''}"
         f"{extremes if few > 1 else ''} ({percent(whole['confidence'])} intervals; {sample_text(layers, whole)})"
     )
     if usage is None:

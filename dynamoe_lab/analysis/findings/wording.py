@@ -9,6 +9,7 @@ from scipy import stats
 
 from dynamoe_lab.analysis.frames import list_names, percent, require
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 
 __all__ = [
     "FEW",
@@ -36,13 +37,14 @@ def one_row(frame: pd.DataFrame, columns: Sequence[str], function: str) -> pd.Se
 
 def tokens_text(count: float) -> str:
     """'8,160 tokens'."""
-    return f"{int(count):,} tokens"
+    return plural(count, "token")
 
 
 def sample_text(layers: pd.DataFrame, whole: pd.Series) -> str:
     """n of the rows of single layers and of the row that pools them."""
     each = tokens_text(layers["tokens"].max())
-    return f"n = {each} in each of {len(layers)} layers, {int(whole['documents'])} documents"
+    where = f"each of {len(layers)} layers" if len(layers) > 1 else "1 layer"
+    return f"n = {each} in {where}, {plural(whole['documents'], 'document')}"
 
 
 def mean_text(row: pd.Series | dict, name: str = "active_fraction") -> str:

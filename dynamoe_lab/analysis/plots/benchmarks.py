@@ -16,10 +16,11 @@ from matplotlib.patches import Patch, Rectangle
 
 from dynamoe_lab.analysis.frames import compact, list_names, percent, require, signed
 from dynamoe_lab.analysis.metrics.benchmark_pairs import told_apart
-from dynamoe_lab.analysis.metrics.benchmarks import AVERAGE, AVERAGE4, AVERAGE7, benchmark_task, split_note
+from dynamoe_lab.analysis.metrics.benchmarks import AVERAGE, AVERAGE4, AVERAGE7, SHARES, benchmark_task, split_note
 from dynamoe_lab.analysis.plots.placing import place_labels
 from dynamoe_lab.analysis.style import DENSE, REFERENCE, canvas, headline, method_color, method_marker, styled
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 
 __all__ = ["plot_benchmark_deltas", "plot_benchmarks", "plot_relative_to_base"]
 
@@ -49,13 +50,13 @@ def plot_benchmarks(points: pd.DataFrame, *, figure: Figure | SubFigure | None =
         >>> scores = pd.DataFrame({"run": ["dense", "router"], "task": "sciq", "split": "test", "metric": "acc", "value": [0.8, 0.7]})
         >>> figure = lab.plot_benchmarks(lab.benchmark_points(scores.assign(stderr=0.04, n=100)))
         >>> print(figure.get_suptitle())
-        Accuracy on 1 tasks; router is above chance in 1 of 1 (n = 100 documents a task)
+        Accuracy on 1 task; router is above chance in 1 of 1 (n = 100 documents a task)
     """
     require(points, ("run", "task", "split", "metric", "value", "low", "high", "n", "chance", "active_params"), "plot_benchmarks")
     metric, tasks, runs = _one_metric(points, "plot_benchmarks"), _tasks(points), list(dict.fromkeys(points["run"]))
     if points.duplicated(["run", "task"]).any():
         raise InputError("plot_benchmarks: several rows of one run and task; give each run a name of its own")
-    unit, looks = (100 if _is_share(metric) else 1), _looks(runs)
+    unit, looks = (100 if metric in SHARES else 1), _looks(runs)
     figure = canvas(3.0 + (0.42 + 0.3 * len(runs)) * len(tasks), figure)
     ax = figure.subplots()
     for number, run in enumerate(runs):
@@ -111,7 +112,7 @@ def plot_benchmark_deltas(deltas: pd.DataFrame, *, figure: Figure | SubFigure | 
     if deltas.duplicated(["run", "task"]).any():
         raise InputError("plot_benchmark_deltas: several rows of one run and task; give each run a name of its own")
     tasks, runs = _tasks(deltas), list(dict.fromkeys(deltas["run"]))
-    unit, looks, height = (100 if _is_share(metric) else 1), _looks(runs), _ROOM / len(runs)
+    unit, looks, height = (100 if metric in SHARES else 1), _looks(runs), _ROOM / len(runs)
     figure = canvas(3.0 + (0.42 + 0.3 * len(runs)) * len(tasks), figure)
     ax, told = figure.subplots(1, 2, sharey=True, width_ratios=[5, 1.15])
     for number, run in enumerate(runs):
@@ -237,10 +238,6 @@ def _one_metric(frame: pd.DataFrame, function: str) -> str:
     return metrics[0]
 
 
-def _is_share(metric: str) -> bool:
-    return metric in ("acc", "acc_norm")
-
-
 def _tasks(frame: pd.DataFrame) -> list[str]:
     """Tasks in the frame's order, averages last."""
     names = dict.fromkeys(frame["task"])
@@ -315,13 +312,13 @@ def _n_text(rows: pd.DataFrame) -> str:
     """'n = 24 documents a task', or the range of n."""
     counts = rows.loc[~rows["task"].isin(_AVERAGES), "n"].astype(int)
     least, most = counts.min(), counts.max()
-    return f"n = {least:,} documents a task" if least == most else f"n = {least:,} to {most:,} documents a task"
+    return f"n = {plural(least, 'document')} a task" if least == most else f"n = {least:,} to {most:,} documents a task"
 
 
 def _score_message(points: pd.DataFrame, runs: list[str], metric: str) -> str:
     """The averages, and where the last run is above chance beyond its interval."""
     means = points[points["task"] == AVERAGE].set_index("run")["value"]
-    digits = 1 if _is_share(metric) else 3
+    digits = 1 if metric in SHARES else 3
     told = [f"{run} {percent(means[run], digits)}" for run in runs if run in means.index]
     tasks = points[~points["task"].isin(_AVERAGES)]
     last = tasks[tasks["run"] == runs[-1]]
@@ -331,14 +328,14 @@ def _score_message(points: pd.DataFrame, runs: list[str], metric: str) -> str:
     means_text = (
         f"{_SAYS.get(metric, metric)} on average over {count} tasks: {', '.join(told)}"
         if told
-        else f"{_SAYS.get(metric, metric)} on {count} tasks"
+        else f"{_SAYS.get(metric, metric)} on {plural(count, 'task')}"
     )
     return "; ".join(part for part in (means_text, above) if part) + f" ({_n_text(tasks)})"
 
 
 def _delta_message(deltas: pd.DataFrame, runs: list[str], metric: str) -> str:
     """What the average loses, with its interval, and how many tasks are told apart."""
-    unit, digits, texts = (100, 1, []) if _is_share(metric) else (1, 3, [])
+    unit, digits, texts = (100, 1, []) if metric in SHARES else (1, 3, [])
     for number, run in enumerate(runs):
         rows = deltas[deltas["run"] == run]
         tasks, mean = rows[~rows["task"].isin(_AVERAGES)], rows[rows["task"] == AVERAGE]

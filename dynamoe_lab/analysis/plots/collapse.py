@@ -49,7 +49,7 @@ def plot_collapse(
         >>> usage = pd.DataFrame({"layer": [0, 0, 1, 1], "expert": [0, 1, 0, 1], "share": [0.5, 0.5, 0.0, 1.0], "tokens": [4, 4, 0, 8]})
         >>> figure = lab.plot_collapse(lab.stack_runs({(0.0, "probability", 0): usage}), fractions=(0.5, 1.0))
         >>> print(figure.get_suptitle())
-        The most chosen expert: λ = 0 100 % of the MLP, by 75 % of tokens
+        The most chosen expert with λ = 0: 100 % of the MLP, by 75 % of tokens
     """
     require(collapse, (*CASE, "layer", "expert", "share", "tokens"), "plot_collapse")
     names = expert_names(fractions, int(collapse["expert"].max()), "plot_collapse")
@@ -76,12 +76,12 @@ def plot_collapse(
         taken[(gradient, weight)] = f"{names[shares.idxmax()]} of the MLP, by {percent(shares.max())} of tokens"
         ax.set_title("\n".join(lines), fontsize=7.5)
     axes[0].set_ylabel("layer")
-    figure.supxlabel("expert (share of the MLP); a layer is on one expert if that takes 99.0 % of its tokens or more", fontsize=8)
+    figure.supxlabel("expert (share of the MLP); a layer is on one expert if that takes 99 % of its tokens or more", fontsize=8)
     seeds = collapse["seed"].nunique()
     share_bar(figure, list(axes), f"tokens of the layer (%){f', mean of {seeds} seeds' if seeds > 1 else ''}", aspect=45)
     shown = {case: text for case, text in taken.items() if case[1] in (0, max(weight for _, weight in cases))} or taken
-    ends = [f"{run_name(weight, gradient, cases)} {text}" for (gradient, weight), text in shown.items()]
-    headline(figure, f"The most chosen expert: {'; '.join(ends)}")
+    ends = [f"with {run_name(weight, gradient, cases)}: {text}" for (gradient, weight), text in shown.items()]
+    headline(figure, f"The most chosen expert {'; '.join(ends)}")
     return figure
 
 
@@ -102,7 +102,7 @@ def plot_collapse_entropy(information: pd.DataFrame, *, figure: Figure | SubFigu
         >>> entropy = lab.stack_runs({(0.0, "probability", 0): entropy.assign(tokens=8, experts=4)})
         >>> figure = lab.plot_collapse_entropy(entropy)
         >>> print(figure.get_suptitle())
-        Mean entropy of the layers' choices, of 2 bits: λ = 0 0.50
+        Mean entropy of the layers' choices, of 2 bits: 0.50 with λ = 0
     """
     needed = (*CASE, "layer", "entropy", "information", "tokens", "experts")
     require(information, needed, "plot_collapse_entropy")
@@ -138,7 +138,7 @@ def plot_collapse_entropy(information: pd.DataFrame, *, figure: Figure | SubFigu
     axes[1].set_ylabel("information with the token's id\n(bits, beyond shuffled experts)")
     _legend(figure, cases, colors)
     means = pooled.groupby(["router_gradient", "lambda_router"])[["entropy", "information"]].mean()
-    texts = [f"{run_name(weight, gradient, cases)} {means.loc[(gradient, weight), 'entropy']:.2f}" for gradient, weight in cases]
+    texts = [f"{means.loc[(gradient, weight), 'entropy']:.2f} with {run_name(weight, gradient, cases)}" for gradient, weight in cases]
     headline(figure, f"Mean entropy of the layers' choices, of {most:.3g} bits: {'; '.join(texts)}")
     return figure
 
@@ -162,7 +162,7 @@ def plot_collapse_training(
         >>> steps = pd.DataFrame({"step": [1, 2], "tokens": [512, 1024], "lm_loss": [5.0, 4.0], "active_mlp_fraction": [0.5, 0.9]})
         >>> figure = lab.plot_collapse_training(lab.stack_runs({(0.0, "probability", 0): steps}), window=1)
         >>> print(figure.get_suptitle())
-        Active MLP neurons after 1.02 K training tokens: λ = 0 90 %
+        Active MLP neurons after 1.02 K training tokens: 90 % with λ = 0
     """
     require(steps, (*CASE, "step", "tokens", "lm_loss", "active_mlp_fraction"), "plot_collapse_training")
     cases, colors = _cases(steps), lambda_colors(steps["lambda_router"])
@@ -195,7 +195,7 @@ def plot_collapse_training(
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
         ax.grid(axis="y")
     _legend(figure, cases, colors)
-    texts = [f"{run_name(weight, gradient, cases)} {percent(ends[(gradient, weight)])}" for gradient, weight in cases]
+    texts = [f"{percent(ends[(gradient, weight)])} with {run_name(weight, gradient, cases)}" for gradient, weight in cases]
     headline(figure, f"Active MLP neurons after {compact(steps['tokens'].max())} training tokens: {'; '.join(texts)}")
     return figure
 

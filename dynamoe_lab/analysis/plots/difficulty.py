@@ -23,6 +23,7 @@ from dynamoe_lab.analysis.style import (
     styled,
 )
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 
 __all__ = ["plot_difficulty_by_domain", "plot_difficulty_vs_surprisal", "plot_label_share"]
 
@@ -53,8 +54,7 @@ def plot_label_share(shares: pd.DataFrame, *, theta: float, figure: Figure | Sub
         >>> similarity = pd.DataFrame({"run": "a", "domain": "web", "position": [1, 2, 3, 4], "layer": 0})
         >>> shares = lab.label_shares(similarity.assign(similarity_0=[0.95, 0.8, 0.6, 0.2]), [0.5, 0.9], fractions=(0.5, 1.0))
         >>> print(lab.plot_label_share(shares, theta=0.9).get_suptitle())
-        At θ = 0.9 labels ask for 88 % of the MLP, from 88 % in layer 0
-        to 88 % in layer 0; over θ = 0.5 to 0.9 it goes from 62 % to 88 %
+        At θ = 0.9 labels ask for 88 % of the MLP; over θ = 0.5 to 0.9 it goes from 62 % to 88 %
     """
     require(shares, _SHARES, "plot_label_share")
     one_run(shares, "plot_label_share")
@@ -110,9 +110,10 @@ def plot_label_share(shares: pd.DataFrame, *, theta: float, figure: Figure | Sub
     mean = _mean_fraction(pooled_later).droplevel("layer")
     by_layer = table.loc[theta]
     ends = [f"{percent(by_layer[layer])} in layer {layer}" for layer in (by_layer.idxmin(), by_layer.idxmax())]
+    across = f", from {ends[0]} to {ends[1]}" if len(by_layer) > 1 else ""
     headline(
         figure,
-        f"At θ = {theta:.3g} labels ask for {percent(mean[theta])} of the MLP, from {ends[0]} to {ends[1]}; over θ = {thetas[0]:.3g} to "
+        f"At θ = {theta:.3g} labels ask for {percent(mean[theta])} of the MLP{across}; over θ = {thetas[0]:.3g} to "
         f"{thetas[-1]:.3g} it goes from {percent(mean.iloc[0])} to {percent(mean.iloc[-1])}",
     )
     return figure
@@ -204,7 +205,7 @@ def plot_difficulty_vs_surprisal(
             value = signed(clear.loc[strongest, "spearman"])
             message = f"At θ = {theta:.3g} a token's difficulty goes most with {COVARIATE_NAMES[strongest]} (Spearman {value})"
     known = percent(bins["confidence"].iloc[0])
-    headline(figure, f"{message}; {compact(n)} tokens, {documents} documents, {known} intervals over documents")
+    headline(figure, f"{message}; {compact(n)} tokens, {plural(documents, 'document')}, {known} intervals over documents")
     return figure
 
 

@@ -16,6 +16,7 @@ from dynamoe_lab.analysis.metrics.pareto import ACCURACY, ORACLE, lower_is_bette
 from dynamoe_lab.analysis.plots.placing import place_labels
 from dynamoe_lab.analysis.style import DENSE, REFERENCE, canvas, headline, method_color, method_marker, percent_axis, ratio_axis, styled
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.plural import plural
 
 __all__ = ["plot_pareto"]
 
@@ -128,8 +129,8 @@ def _accuracy(ax: Axes, rows: pd.DataFrame, x: str, dense_params: float) -> None
     percent_axis(ax.yaxis)
     ax.set_ylabel(_QUALITY[ACCURACY])
     count = int(rows["tasks"].iloc[0]) if "tasks" in rows else 0
-    tasks = f"{count} {'task' if count == 1 else 'tasks'}, " if count else ""
-    ax.set_title(f"scored: {tasks}n = {int(rows['n'].min()):,} documents{' †' if _note(rows) else ''}", loc="left")
+    tasks = f"{plural(count, 'task')}, " if count else ""
+    ax.set_title(f"scored: {tasks}n = {plural(rows['n'].min(), 'document')}{' †' if _note(rows) else ''}", loc="left")
 
 
 def _note(rows: pd.DataFrame) -> str:

@@ -9,6 +9,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from dynamoe_lab.analysis.frames import ALL, compact, one_run, percent, require, split_layers, whole_numbers
 from dynamoe_lab.analysis.metrics.curves import smooth_steps
 from dynamoe_lab.analysis.style import DENSE, HEATMAP, REFERENCE, canvas, headline, heatmap, percent_axis, share_bar, styled
+from dynamoe_lab.plural import plural
 
 __all__ = ["plot_mask_stability", "plot_tomoe_training", "plot_tomoe_union", "plot_tomoe_usage"]
 
@@ -257,7 +258,7 @@ def plot_mask_stability(jaccard: pd.DataFrame, *, figure: Figure | SubFigure | N
         texts.append(f"{ends['jaccard']:.2f} for {names[part]} (chance {ends['chance']:.2f})")
     figure.axes[0].set_ylabel("Jaccard index of masks")
     pairs = len(pooled[["run_a", "run_b"]].drop_duplicates())
-    headline(figure, f"Mean Jaccard index between seeds: {' and '.join(texts)}; {pairs} pair{'s' if pairs > 1 else ''} of runs")
+    headline(figure, f"Mean Jaccard index between seeds: {' and '.join(texts)}; {plural(pairs, 'pair')} of runs")
     return figure
 
 

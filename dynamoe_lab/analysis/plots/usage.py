@@ -59,10 +59,10 @@ def plot_expert_usage(
     _layer_heatmap(ax, table, fractions, annotate=len(layers) <= _ANNOTATED)
     ax.set_xlabel("layer")
     share_bar(figure, ax, "tokens of\nthe layer (%)", aspect=12)
+    ends = f": from {percent(mean.min())} in layer {mean.idxmin()} to {percent(mean.max())} in layer {mean.idxmax()}"
     headline(
         figure,
-        f"A token runs {percent(active[domain][ALL])} of the MLP neurons on average: from {percent(mean.min())} in "
-        f"layer {mean.idxmin()} to {percent(mean.max())} in layer {mean.idxmax()}",
+        f"A token runs {percent(active[domain][ALL])} of the MLP neurons on average{ends if len(mean) > 1 else ''}",
     )
     return figure
 
@@ -89,8 +89,7 @@ def plot_expert_usage_by_domain(
         >>> usage = lab.expert_usage(routing.assign(expert=[0, 0, 0, 1]), by_domain=True)
         >>> figure = lab.plot_expert_usage_by_domain(usage, fractions=(0.5, 1.0))
         >>> print(figure.get_suptitle())
-        Mean active neurons range from 50 % (web) to 75 %
-        (code) over domains and from 62 % to 62 % over layers
+        Mean active neurons range from 50 % (web) to 75 % (code) over domains
     """
     tables, active = _tables(usage, fractions, "plot_expert_usage_by_domain")
     domains = sorted(tables, key=lambda domain: active[domain][ALL])
@@ -117,10 +116,11 @@ def plot_expert_usage_by_domain(
     share_bar(figure, axes, "tokens of the domain and layer (%); cells without a number: below 0.5 %", aspect=50, below=True)
     least, most = domains[0], domains[-1]
     across = pd.DataFrame({domain: active[domain].loc[layers] for domain in domains}).mean(axis=1)
+    layered = f" and from {percent(across.min())} to {percent(across.max())} over layers"
     headline(
         figure,
         f"Mean active neurons range from {percent(active[least][ALL])} ({least}) to {percent(active[most][ALL])} "
-        f"({most}) over domains and from {percent(across.min())} to {percent(across.max())} over layers",
+        f"({most}) over domains{layered if len(across) > 1 else ''}",
     )
     return figure
 
