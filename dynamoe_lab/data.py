@@ -22,7 +22,7 @@ from dynamoe_lab.texts import Source, find_sources
 
 if TYPE_CHECKING:
     import pandas as pd
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["SPLITS", "Blocks", "as_blocks", "concatenate", "load_blocks", "require_blocks", "split_of", "token_counts"]
 
@@ -107,11 +107,20 @@ def as_blocks(blocks: "Blocks | torch.Tensor") -> Blocks:
     return Blocks(ids, document, ["text"] * len(ids))
 
 
-def require_blocks(blocks: "Blocks | torch.Tensor", function: str) -> Blocks:
-    """`as_blocks`, for a function that needs at least one block. Raises `InputError` naming the function if there is none."""
+def require_blocks(blocks: "Blocks | torch.Tensor", function: str, *, model: "PreTrainedModel | None" = None) -> Blocks:
+    """`as_blocks`, for a function that needs at least one block, of token ids that are some, and that `model` has an embedding for.
+
+    Raises:
+        InputError: naming the function; torch would say only that an index is out of range.
+    """
     blocks = as_blocks(blocks)
-    if len(blocks) == 0:
+    if not blocks.tokens:
         raise InputError(f"{function}: no blocks of text; ask load_blocks for more tokens")
+    least, most = (int(bound) for bound in torch.aminmax(blocks.ids))
+    size = most + 1 if model is None else model.get_input_embeddings().num_embeddings
+    if least < 0 or most >= size:
+        known = "ids begin at 0" if model is None else f"the model has ids 0 to {size - 1}"
+        raise InputError(f"{function}: token id {least if least < 0 else most}: {known}; give ids of the model's own tokenizer")
     return blocks
 
 

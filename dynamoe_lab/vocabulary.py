@@ -74,7 +74,8 @@ def token_classes(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int] | Non
 
     wanted = list(range(len(tokenizer))) if ids is None else sorted({int(number) for number in ids})
     if wanted and not 0 <= wanted[0] <= wanted[-1] < len(tokenizer):
-        raise InputError(f"token_classes: id {wanted[-1]} is not in this tokenizer's {len(tokenizer)} entries; use the model's own")
+        stranger = wanted[0] if wanted[0] < 0 else wanted[-1]
+        raise InputError(f"token_classes: id {stranger} is not in this tokenizer's {len(tokenizer)} entries; use the model's own")
     special = set(tokenizer.all_special_ids) | {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     anchor = tokenizer.encode(_ANCHOR, add_special_tokens=False)
     before = tokenizer.decode(anchor)

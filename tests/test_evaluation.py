@@ -245,3 +245,10 @@ def test_traces_are_frames_of_plain_types(blocks):
 def test_no_text_is_told(function):
     with pytest.raises(InputError, match=r"no blocks of text"):
         function(make_converted(), torch.zeros(0, 8, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("bad", "told"), [(-100, "token id -100"), (128, "token id 128: the model has ids 0 to 127")])
+@pytest.mark.parametrize("function", [trace_routing, document_losses, expert_similarity, trace_similarity])
+def test_ids_that_the_model_does_not_have_are_told(function, bad, told):
+    with pytest.raises(InputError, match=told):
+        function(make_converted(), torch.tensor([[5, bad, 7]]))

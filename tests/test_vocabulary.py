@@ -51,6 +51,8 @@ def test_only_what_is_asked_for_each_once():
     assert token_classes(tokenizer, []).columns.tolist() == ["token_id", "token", "token_class"]
     with pytest.raises(InputError, match="id 5 is not in this tokenizer's 5 entries"):
         token_classes(tokenizer, [1, 5])
+    with pytest.raises(InputError, match="id -1 is not in"):
+        token_classes(tokenizer, [-1, 1])
 
 
 @pytest.mark.assets

@@ -38,7 +38,7 @@ def document_losses(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_si
         0         0   text       7
         1         1   text       7
     """
-    blocks = require_blocks(blocks, "document_losses")
+    blocks = require_blocks(blocks, "document_losses", model=model)
     was_training = model.training
     model.eval()
     # One array from the start: small results kept between forwards would lie where the next logits have to go, and memory would grow.

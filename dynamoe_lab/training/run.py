@@ -73,8 +73,8 @@ def train(
         are NaN where nothing was measured. No row if `config.steps` is 0, which leaves the weights as they are.
 
     Raises:
-        InputError: not a model that can be trained, another method's config, no blocks, `eval_steps` without held-out text, or
-            `output_dir` holds another run.
+        InputError: not a model that can be trained, another method's config, no blocks, ids that the model does not have, `eval_steps`
+            without held-out text, or `output_dir` holds another run.
         TrainingDiverged: the loss is no longer finite or ran away.
 
     Example:
@@ -87,8 +87,8 @@ def train(
         1  train     2      64
     """
     kind, config = _trainer_of(model, config)
-    blocks = require_blocks(blocks, "train")
-    heldout = _heldout_of(heldout, config)
+    blocks = require_blocks(blocks, "train", model=model)
+    heldout = _heldout_of(heldout, config, model)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
@@ -179,10 +179,10 @@ def _trainer_of(model: PreTrainedModel, config: TrainSettings | None) -> tuple[t
     return kind, config
 
 
-def _heldout_of(heldout: Blocks | Tensor | None, config: TrainSettings) -> Blocks | None:
+def _heldout_of(heldout: Blocks | Tensor | None, config: TrainSettings, model: PreTrainedModel) -> Blocks | None:
     """The blocks that are measured, if any."""
     if heldout is not None:
-        return require_blocks(heldout, "train: heldout")[: config.eval_blocks or None]
+        return require_blocks(heldout, "train: heldout", model=model)[: config.eval_blocks or None]
     if config.eval_steps:
         raise InputError(
             f"train: {config.section}.eval_steps = {config.eval_steps}, but there is no held-out text; give heldout=blocks, or set it to 0"
