@@ -115,7 +115,6 @@ class SplitMixin(RoutedMixin):
 
     method = "split"
     routing_modes: ClassVar = {"router": None, "full": None, "random": None, "label": "split has no difficulty labels"}
-    accepts_loss_kwargs = False  # the loss is a mean per batch
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)

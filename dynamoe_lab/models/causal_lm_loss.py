@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["causal_lm_loss", "token_losses"]
+__all__ = ["causal_lm_loss", "rows_at_once", "token_losses"]
 
 ROWS = 32  # raised to float32 at a time on a CPU; at a vocabulary of 50 K 6 MB, which stay in cache
 
 
-def _rows_at_once(logits: Tensor) -> int:
-    """On accelerators, where every slice is a launch of kernels, 128 MB."""
+def rows_at_once(logits: Tensor) -> int:
+    """How many rows of logits [N, V] are raised to float32 together: few on a CPU, 128 MB where every slice is a launch of kernels."""
     return ROWS if logits.device.type == "cpu" else max(ROWS, 2**25 // logits.shape[-1])
 
 
@@ -23,7 +23,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        normalisers = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(_rows_at_once(logits))])
+        normalisers = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(rows_at_once(logits))])
         ctx.save_for_backward(logits, targets, normalisers)
         return normalisers - logits.gather(1, targets[:, None])[:, 0].float()
 
@@ -32,7 +32,7 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx, grad_losses):
         logits, targets, normalisers = ctx.saved_tensors
         grad = torch.empty_like(logits)
-        at_once = _rows_at_once(logits)
+        at_once = rows_at_once(logits)
         pieces = (tensor.split(at_once) for tensor in (logits, targets, normalisers, grad_losses, grad))
         for rows, aims, tops, scales, out in zip(*pieces, strict=True):
             slope = out if out.dtype == tops.dtype else torch.empty_like(out, dtype=tops.dtype)

@@ -1,4 +1,4 @@
-"""Configurations of converted models: what the method needs to know, and one config class per model family.
+"""Configurations of DynaMoE models: what the method needs to know, and one config class per model family.
 
 `DynaMoEConfig` holds the decisions of the method (arXiv 2502.12325; open ones are marked [D] in their comments). It travels inside
 `config.json` as the plain dict `moe` of `DynaMoE<Family>Config`, which is otherwise the family's own config.
@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .converted_config import converted_configs
 from .labels import LABELS
@@ -18,8 +18,6 @@ __all__ = ["CONFIG_CLASSES", "DynaMoEConfig"]
 Importance = Literal["l2_down", "l2_down_tokennorm", "l2", "abs", "random"]
 RouterGradient = Literal["straight_through", "probability", "none"]
 LabelTarget = Literal["current", "frozen"]
-
-
 # Of a field that came later: while it has its default it is left out of `config.json` and of the keys of steps, so that models, checkpoints
 # and results from before it stay what they were.
 LATER = {"later": True}
@@ -75,9 +73,9 @@ class DynaMoEConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"dynamoe.{name} = {getattr(self, name)}: {what}, give a finite number of at least 0")
         choices = {
-            "label_target": ("current", "frozen"),
-            "importance": ("l2_down", "l2_down_tokennorm", "l2", "abs", "random"),
-            "router_gradient": ("straight_through", "probability", "none"),
+            "label_target": get_args(LabelTarget),
+            "importance": get_args(Importance),
+            "router_gradient": get_args(RouterGradient),
             "label": tuple(LABELS),
         }
         for name, allowed in choices.items():

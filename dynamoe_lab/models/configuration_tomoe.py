@@ -7,7 +7,7 @@ method's settings as the plain dict `moe`; a deployed model's has its shapes bes
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from .converted_config import converted_configs
 from .families import FAMILIES
@@ -19,7 +19,7 @@ Attention = Literal["hybrid", "none", "dynamic"]
 
 @dataclass
 class ToMoEConfig:
-    """How experts are sought inside a frozen dense model. [D] marks what paper and released code leave open.
+    """How experts are sought inside a frozen dense model.
 
     Example:
         >>> lab.ToMoEConfig(p=0.7).num_experts
@@ -58,8 +58,8 @@ class ToMoEConfig:
             raise ValueError(f"tomoe.num_experts = {self.num_experts}: give a whole number of at least 1 (the paper: 8)")
         if not 0 < self.p <= 1:
             raise ValueError(f"tomoe.p = {self.p}: a share of the weights, give a number above 0, at most 1 (the paper: 0.4 to 0.6)")
-        if self.attention not in ("hybrid", "none", "dynamic"):
-            raise ValueError(f"tomoe.attention = {self.attention!r}: choose one of hybrid, none, dynamic")
+        if self.attention not in get_args(Attention):
+            raise ValueError(f"tomoe.attention = {self.attention!r}: choose one of {', '.join(get_args(Attention))}")
         for name in ("router_temperature", "mask_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"tomoe.{name} = {getattr(self, name)}: give a number above 0 (the paper: 0.4)")

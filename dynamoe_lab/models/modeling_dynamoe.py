@@ -20,7 +20,7 @@ from .converted_class import converted_classes
 from .families import decoder_layers, family_of
 from .labels import LABELS, labels_from_similarity
 from .layer_mlp import nest_experts
-from .model_card import model_card
+from .model_card import dynamoe_card
 from .nested_mlp import FrozenLinear, NestedMLP
 from .routed import RoutedMixin, Routing, token_mask
 
@@ -49,8 +49,6 @@ class DynaMoEMixin(RoutedMixin):
     method = "dynamoe"
     calibrated = True
     routing_modes: ClassVar = {"router": None, "label": None, "full": None, "random": None}
-    # The loss is a mean per batch, so Trainer has to divide by the accumulation steps itself; otherwise lambda would change with them.
-    accepts_loss_kwargs = False
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -185,7 +183,7 @@ class DynaMoEMixin(RoutedMixin):
 
     def card(self) -> str:
         """The README.md of this model's checkpoints."""
-        return model_card(type(self).__name__, self.config)
+        return dynamoe_card(type(self).__name__, self.config)
 
 
 MODEL_CLASSES = converted_classes(DynaMoEMixin, "DynaMoE", CONFIG_CLASSES, "`{dense}` whose MLPs are nested experts with a router.")

@@ -16,10 +16,10 @@ from .configuration_tomoe import DEPLOYED_CONFIGS, ToMoEConfig
 from .converted_class import converted_classes
 from .expert_mlp import ExpertMLP
 from .families import decoder_layers
+from .model_card import deployed_card
 from .pruned_attention import PrunedAttention
 from .rotary_attention import attention_weights
 from .routed import Routing
-from .tomoe_card import deployed_card
 from .tomoe_form import ToMoEForm, labels_without_pads
 from .tomoe_output import ToMoECausalLMOutput
 

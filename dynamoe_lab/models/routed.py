@@ -37,6 +37,8 @@ class RoutedMixin:
     method: ClassVar[str]  # "dynamoe", "tomoe": the name in `config.moe`
     routing_modes: ClassVar[dict[str, str | None]]  # mode -> None, or why this method has it not
     calibrated: ClassVar[bool] = False  # whether conversion reads statistics of text
+    # The loss is a mean per batch, so Trainer has to divide by the accumulation steps itself; otherwise lambda would change with them.
+    accepts_loss_kwargs: ClassVar[bool] = False
 
     routing: Routing
 

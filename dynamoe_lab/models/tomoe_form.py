@@ -22,8 +22,6 @@ class ToMoEForm(RoutedMixin):
         "random": None,
         "label": "ToMoE has no difficulty labels; its experts are no prefixes of each other",
     }
-    # The loss is a mean per batch, so Trainer has to divide by the accumulation steps itself; otherwise lambda would change with them.
-    accepts_loss_kwargs = False
 
     @property
     def _family(self) -> Family:

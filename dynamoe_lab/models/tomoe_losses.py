@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .causal_lm_loss import ROWS
+from .causal_lm_loss import rows_at_once
 
 __all__ = [
     "LayerSizes",
@@ -38,7 +38,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher):
         losses, normalisers = student.new_empty(2, len(student), dtype=torch.float32)
-        at_once = ROWS if student.device.type == "cpu" else max(ROWS, 2**25 // student.shape[-1])
+        at_once = rows_at_once(student)
         pieces = (tensor.split(at_once) for tensor in (student, teacher, losses, normalisers))
         for rows, targets, loss, normaliser in zip(*pieces, strict=True):
             rows, wanted = rows.float(), targets.float()
