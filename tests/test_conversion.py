@@ -240,3 +240,10 @@ def test_paper_numbers_for_mistral_7b():
     assert (total - routers) / 1e9 == pytest.approx(7.25, abs=0.011)
     floor = total - routers - sum(mlp.expert_params()[-1] - mlp.expert_params()[0] for mlp in mlps)
     assert floor / 1e9 == pytest.approx(3.02, abs=0.011)
+
+
+def test_the_converted_models_generation_settings_are_its_own():
+    dense = make_dense()
+    model = convert(dense, DynaMoEConfig(), calibration=make_blocks())
+    model.generation_config.max_new_tokens = 7
+    assert dense.generation_config.max_new_tokens is None

@@ -1,5 +1,6 @@
 """What conversions share: a dense model that they can take, a copy of its weights in the converted class, and how an export is filled."""
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -8,7 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import Family, family_of
 
-__all__ = ["check_dense", "filled", "with_weights_of"]
+__all__ = ["check_dense", "config_values", "filled", "with_weights_of"]
+
+# Of a config: what its class and its place say, which are others in the model that is made from it.
+_OWN = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "moe")
 
 
 def check_dense(dense: PreTrainedModel, *, why_whole: str) -> Family:
@@ -36,6 +40,11 @@ def check_dense(dense: PreTrainedModel, *, why_whole: str) -> Family:
     return family
 
 
+def config_values(model: PreTrainedModel) -> dict[str, Any]:
+    """What another class of the same family takes over from a model's config: shapes and settings, `moe` aside."""
+    return {name: value for name, value in model.config.to_dict().items() if name not in _OWN}
+
+
 def with_weights_of(
     dense: PreTrainedModel,
     model_class: type[PreTrainedModel],
@@ -53,9 +62,7 @@ def with_weights_of(
         ours: parts of the names of the method's own weights, which are left as they come (empty) for the caller to fill.
     """
     model_type = dense.config.model_type
-    values = dense.config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path"):
-        values.pop(name, None)
+    values = config_values(dense)
     moe = {**moe, "base": _name_of(dense), "trained_tokens": 0}
     with initialization.no_init_weights():  # every weight is copied below or filled by the caller
         model = model_class(config_class(**values, moe=moe))
@@ -68,7 +75,7 @@ def with_weights_of(
     if strangers:
         raise InputError(f"convert: the {model_type} model has weights that its family does not know: {', '.join(strangers[:3])}")
     model.tie_weights()
-    model.generation_config = dense.generation_config
+    model.generation_config = copy.deepcopy(dense.generation_config)
     model.config._attn_implementation = dense.config._attn_implementation
     return model
 
@@ -86,7 +93,7 @@ def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, T
     if strangers := loaded.missing_keys + loaded.unexpected_keys:
         raise InputError(f"export: {type(source).__name__} has other weights than {type(model).__name__}: {', '.join(strangers[:3])}")
     model.tie_weights()
-    model.generation_config = source.generation_config
+    model.generation_config = copy.deepcopy(source.generation_config)
     model.config._attn_implementation = source.config._attn_implementation
     return model.eval()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, initialization
 
-from dynamoe_lab.conversion.common import filled
+from dynamoe_lab.conversion.common import config_values, filled
 from dynamoe_lab.conversion.mixtral import export_mixtral
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import (
@@ -66,11 +66,8 @@ def _deployed(masked: PreTrainedModel) -> PreTrainedModel:
         "union_sizes": [int(layer.experts.any(dim=0).sum()) for layer in masks],
         "qk_pairs": [_kept_pairs(layer).tolist() for layer in masks] if masked.moe.attention == "hybrid" else None,
     }
-    values = masked.config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "moe"):
-        values.pop(name, None)
     with initialization.no_init_weights(), torch.device("meta"):  # every weight is put in below
-        model = DEPLOYED_CLASSES[model_type](DEPLOYED_CONFIGS[model_type](**values, moe=moe))
+        model = DEPLOYED_CLASSES[model_type](DEPLOYED_CONFIGS[model_type](**config_values(masked), moe=moe))
     return filled(model, masked, _weights(masked, masks))
 
 

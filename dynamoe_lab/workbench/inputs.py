@@ -24,7 +24,7 @@ def named_files(config: Mapping[str, Any], parameters: Mapping[str, Any], root: 
     Returns:
         name as it was given -> 32 hexadecimal digits; names of domains, of offline models and of the Hub are left out.
     """
-    from dynamoe_lab.assets import ASSETS
+    from dynamoe_lab.loading import MODELS
     from dynamoe_lab.texts import DOMAINS
 
     found = {}
@@ -33,7 +33,7 @@ def named_files(config: Mapping[str, Any], parameters: Mapping[str, Any], root: 
         if name not in DOMAINS and (path := _there(name, root)):
             found[name] = _digest(path)
     model = str(config.get("model", ""))
-    if model not in ASSETS and (path := _there(model, root)):
+    if model not in MODELS and (path := _there(model, root)):
         found[model] = _digest(path)
     for name in _texts({key: value for key, value in parameters.items() if key not in ("profile", "overrides", "output", "sweep")}):
         path = _there(name, root)
