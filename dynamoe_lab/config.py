@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import SchedulerType
 
+from dynamoe_lab.disk import is_file
 from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.models.configuration_dynamoe import DynaMoEConfig
 from dynamoe_lab.models.configuration_tomoe import ToMoEConfig
@@ -249,13 +250,13 @@ def field_names(schema: type = Experiment, prefix: str = "") -> list[str]:
 def _profile_path(profile: str) -> Path:
     path = Path(profile)
     if path.suffix in (".yaml", ".yml"):
-        if not _is_file(path):
+        if not is_file(path):
             raise InputError(f"profile {profile}: no such file; give a path to a YAML file or one of {', '.join(profiles())}")
         if path.stem.startswith("."):  # `...yaml` would be the folder above
             raise InputError(f"profile {profile}: its name becomes that of a folder; give the file a name that does not begin with a dot")
         return path
     known = project_root() / "configs" / f"{profile}.yaml"
-    if profile == "defaults" or path.name != profile or not _is_file(known):
+    if profile == "defaults" or path.name != profile or not is_file(known):
         raise InputError(f"unknown profile {profile!r}: choose one of {', '.join(profiles())}, or give a path to a YAML file")
     return known
 
@@ -273,13 +274,6 @@ def read_profile(profile: str) -> tuple[Any, dict[str, Any]]:
     if notebooks is not None and not OmegaConf.is_dict(notebooks):
         raise InputError(f"{path}: notebooks is no map; write e.g. notebooks: {{06_pareto: {{trained: [0.8, 0.9]}}}}")
     return layer, {} if notebooks is None else OmegaConf.to_container(notebooks)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, say
-        return False
 
 
 def read_yaml(path: Path, what: str) -> Any:

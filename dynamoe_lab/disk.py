@@ -16,9 +16,17 @@ from pathlib import Path
 
 from dynamoe_lab.errors import InputError
 
-__all__ = ["disk_full", "hold", "let_go", "locked", "no_space", "remove_leftovers", "told_when_full", "write_atomic"]
+__all__ = ["disk_full", "hold", "is_file", "let_go", "locked", "no_space", "remove_leftovers", "told_when_full", "write_atomic"]
 
 _held: dict[Path, object] = {}  # lock files that `hold` keeps for this process
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False for what no file can be called (a name that is too long, or with a NUL)."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------------------

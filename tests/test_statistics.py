@@ -98,7 +98,7 @@ def test_a_table_of_statistics_shares_one_set_of_resamples(documents):
 
 def test_memory_chunks_do_not_change_the_result(documents, monkeypatch):
     whole = ratio_of_sums(*documents, resamples=500)
-    monkeypatch.setattr("dynamoe_lab.analysis.statistics._CHUNK", 60 * 500 // 4)
+    monkeypatch.setattr("dynamoe_lab.analysis.statistics.CHUNK", 60 * 500 // 4)
     assert ratio_of_sums(*documents, resamples=500) == pytest.approx(whole)
 
 

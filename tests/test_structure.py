@@ -22,7 +22,7 @@ PROFILES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if pat
 ALLOWED = {
     "errors": set(),
     "models": set(),
-    "config": {"models"},
+    "config": {"disk", "models"},
     "digests": set(),
     "plural": set(),
     "disk": set(),
@@ -37,6 +37,7 @@ ALLOWED = {
     "training": {"config", "disk", "assets", "loading", "data", "models"},
     "evaluation": {
         "config",
+        "disk",
         "assets",
         "loading",
         "data",

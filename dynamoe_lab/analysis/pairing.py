@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-from dynamoe_lab.analysis.statistics import FEWEST
+from dynamoe_lab.analysis.statistics import CHUNK, FEWEST, expanded_tail
 from dynamoe_lab.errors import InputError
 
 __all__ = ["TaskMeans", "detectable_change", "detectable_mean", "holm", "mcnemar", "stratified_means"]
 
-_CHUNK = 4_000_000  # multiplicities held at once
 _TAILS = 1e-9  # of the number of discordant documents: counts rarer than this are left out of a power
 
 
@@ -89,17 +88,16 @@ def _power(n: int, share: float, difference: float, level: float) -> float:
     return float((stats.binom.pmf(counts, n, share) * np.where(few < 0, 0.0, found)).sum())
 
 
-def detectable_mean(errors: ArrayLike, n: int, *, power: float = 0.8, level: float = 0.05) -> float:
+def detectable_mean(error: float, n: int, *, power: float = 0.8, level: float = 0.05) -> float:
     """The smallest true mean difference that a paired t test finds with the given power.
 
     Args:
-        errors: standard error of the mean difference.
+        error: standard error of the mean difference.
         n: documents behind it (of an average over tasks: of the smallest task).
 
     Returns:
         In the unit of the error; nan without spread or with fewer than three documents.
     """
-    error = float(errors)
     if n < FEWEST or not error > 0:
         return float("nan")
     return float((stats.t.ppf(1 - level / 2, n - 1) + stats.t.ppf(power, n - 1)) * error)
@@ -123,7 +121,7 @@ def stratified_means(
         kinds, counts = np.unique(np.stack([one, other], axis=1), axis=0, return_counts=True)  # right and wrong: four kinds of documents
         first, second, n = first + one.mean() / len(pairs), second + other.mean() / len(pairs), len(one)
         parts = []
-        for start in range(0, resamples, step := max(1, _CHUNK // len(kinds))):
+        for start in range(0, resamples, step := max(1, CHUNK // len(kinds))):
             parts.append(rng.multinomial(n, counts / n, size=min(step, resamples - start)) @ kinds / n)
         drawn = np.concatenate(parts)  # (resamples, 2)
         drawn_first, drawn_second = drawn_first + drawn[:, 0] / len(pairs), drawn_second + drawn[:, 1] / len(pairs)
@@ -133,7 +131,7 @@ def stratified_means(
         drawn = drawn[np.isfinite(drawn)]
         if least < FEWEST or not len(drawn) or np.ptp(drawn) == 0:
             return float(value), float("nan"), float("nan")
-        tail = stats.norm.cdf(np.sqrt(least / (least - 1)) * stats.t.ppf((1 - confidence) / 2, least - 1))
+        tail = expanded_tail(least, confidence)
         low, high = np.round(np.quantile(drawn, [tail, 1 - tail]), 12) + 0.0  # a sum of shares that is 0 must not be -5e-17, "below 0"
         return float(value), float(low), float(high)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dynamoe_lab.disk import is_file
 from dynamoe_lab.errors import InputError, first_line
 
 __all__ = ["Definition", "foreign_code", "is_task_file", "read_definition", "sources_digest", "task_sources"]
@@ -56,7 +57,7 @@ def read_definition(path: Path) -> Definition:
 
     Raises InputError as `task_sources`, data aside.
     """
-    if not _is_file(path):
+    if not is_file(path):
         raise InputError(f"task file {path}: no such file; give a .yaml of lm-eval's format, or the name of a task")
     return _definition(path, path, ())
 
@@ -116,7 +117,7 @@ def _definition(path: Path, whose: Path, parents: tuple[Path, ...]) -> Definitio
     files, config = [path], {}
     for included in _names(own.pop("include", None)):
         file = path.parent / included  # an absolute name stays what it is
-        if not _is_file(file):
+        if not is_file(file):
             raise InputError(f"task file {whose}: includes {file}, which is not there; write it, or take it out of `include`")
         more = _definition(file, whose, (*parents, path))
         files += more.files
@@ -159,13 +160,6 @@ def _matching(base: Path, name: str) -> list[Path]:
 def _module(function: str, file: Path) -> Path:
     """Where the module of a function lies, if it lies beside the file that names it."""
     return file.parent / f"{function.rpartition('.')[0].replace('.', '/')}.py"
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, say
-        return False
 
 
 def _values(value: Any, known: dict[int, int]) -> int:

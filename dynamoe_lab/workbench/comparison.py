@@ -29,6 +29,7 @@ def compare_scores(first: Path, second: Path, *, metric: str = "acc", tasks: Seq
         InputError: no scores in a folder; other tasks, splits, versions or documents, also in text; a metric that is no score.
     """
     from dynamoe_lab.analysis.metrics import benchmark_deltas
+    from dynamoe_lab.analysis.metrics.benchmarks import SHARES
 
     if metric in _NO_SCORES:
         raise InputError(
@@ -49,7 +50,7 @@ def compare_scores(first: Path, second: Path, *, metric: str = "acc", tasks: Seq
     ]
     lines += ["", _delta_text(deltas, metric), ""]
     lines.append(f"A - B on the same documents, {confidence:.0%} intervals from resampling documents; average: mean over tasks.")
-    if metric in ("acc", "acc_norm"):
+    if metric in SHARES:
         lines.append(
             "A only, B only: documents that one of them has right; p: McNemar's exact test, two-sided; Holm: p adjusted for all tasks."
         )
@@ -126,12 +127,14 @@ def _described(letter: str, folder: "tuple[Path, dict[str, Any], pd.DataFrame]")
 
 
 def _delta_text(deltas: "pd.DataFrame", metric: str) -> str:
-    share = metric in ("acc", "acc_norm")
+    from dynamoe_lab.analysis.metrics.benchmarks import AVERAGE4, SHARES
+
+    share = metric in SHARES
     scale, form, sign = (100, "{:.1f} %", "{:+.1f}") if share else (1, "{:.3f}", "{:+.3f}")
     header = ["task", "n", "A", "B", "A - B" + " (points)" * share, "interval"]
     header += ["A only", "B only", "p", "p (Holm)", "detectable"] if share else ["detectable"]
     rows = []
-    for row in deltas[deltas["task"] != "average4"].to_dict("records"):
+    for row in deltas[deltas["task"] != AVERAGE4].to_dict("records"):
         ends = "" if row["low"] != row["low"] else f"{sign.format(scale * row['low'])} to {sign.format(scale * row['high'])}"
         cells = [row["task"], f"{row['n']:,}", form.format(scale * row["value"]), form.format(scale * row["reference_value"])]
         cells += [sign.format(scale * row["difference"]), ends or "no interval"]

@@ -58,6 +58,7 @@ def _project() -> Iterator[Line]:
 def _packages() -> Iterator[Line]:
     """What pyproject.toml asks for, against what is installed; constraints.txt says what was tested."""
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     tested = _tested_versions()
     try:
@@ -81,7 +82,7 @@ def _packages() -> Iterator[Line]:
             )
             continue
         good += 1
-        pin = tested.get(_canonical(requirement.name))
+        pin = tested.get(canonicalize_name(requirement.name))
         if pin and pin != version.partition("+")[0]:
             other.append(f"{requirement.name} {version} (tested {pin})")
     yield Line("ok", f"{good} of {len(requirements)} packages satisfy what is needed")
@@ -89,18 +90,16 @@ def _packages() -> Iterator[Line]:
         yield Line("note", f"not the tested versions: {', '.join(other)}", "make env installs the tested ones")
 
 
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def _tested_versions() -> dict[str, str]:
+    from packaging.utils import canonicalize_name
+
     from dynamoe_lab.config import project_root
 
     try:
         text = (project_root() / "constraints.txt").read_text(encoding="utf-8")
     except (OSError, InputError):
         return {}
-    return {_canonical(name): version for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", text, flags=re.MULTILINE)}
+    return {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", text, flags=re.MULTILINE)}
 
 
 def _torch() -> Iterator[Line]:

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamoe_lab.disk import is_file
 from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.workbench.cells import check_modes
 
@@ -180,7 +181,7 @@ def load_sweep(file: str | Path) -> Sweep:
     path = Path(file)
     if path.suffix not in (".yaml", ".yml"):
         path = project_root() / "configs" / "sweeps" / f"{file}.yaml"
-    if not _is_file(path):
+    if not is_file(path):
         names = shipped_sweeps()
         near = difflib.get_close_matches(Path(file).stem[:100], names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"give a path to a YAML file or one of {', '.join(names)}"
@@ -201,10 +202,3 @@ def load_sweep(file: str | Path) -> Sweep:
         )
         raise InputError(f"sweep {file}, at {key or 'the top'}: {first_line(error)}; {hint}") from error
     return Sweep(**vars(merged), name=path.stem)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, say
-        return False
