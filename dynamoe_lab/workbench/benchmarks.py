@@ -25,9 +25,9 @@ from dynamoe_lab.workbench.files import (
     write_json,
 )
 from dynamoe_lab.workbench.fingerprint import fingerprint
-from dynamoe_lab.workbench.inventory import table_text
 from dynamoe_lab.workbench.parameters import whole_number
 from dynamoe_lab.workbench.steps import run_step
+from dynamoe_lab.workbench.terminal import millions_text, table_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from dynamoe_lab.config import Experiment
 
-__all__ = ["SETTINGS", "default_folder", "millions_text", "score_notes", "score_to_folder"]
+__all__ = ["SETTINGS", "default_folder", "score_notes", "score_to_folder"]
 
 SETTINGS = "eval.json"  # beside the tables: what was scored, and how
 _FIELDS = ("device", "dtype", "threads", "seed", "trust_remote_code", "evaluate.")  # of an experiment, that scores depend on
@@ -260,11 +260,6 @@ def _measured(name: str, value: float | None, error: float | None, points: "pd.D
         return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None and error == error else "")
     spread = f" ({100 * points.loc[task, 'low']:.1f} to {100 * points.loc[task, 'high']:.1f})" if task in points.index else ""
     return f"{100 * value:.1f} %{spread}"
-
-
-def millions_text(value: float | None) -> str:
-    """'113.3 M'; '' of what is not known."""
-    return "" if value is None or value != value else f"{value / 1e6:,.1f} M"
 
 
 def score_notes(scores: "pd.DataFrame") -> list[str]:

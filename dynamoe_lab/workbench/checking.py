@@ -17,10 +17,11 @@ from typing import Any
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench import environment
-from dynamoe_lab.workbench.inventory import find_run, table_text
+from dynamoe_lab.workbench.inventory import find_run
 from dynamoe_lab.workbench.records import RECORD_NAME, Record, StepUse, load_record, missing_files
 from dynamoe_lab.workbench.repeatable import EXCEPTED_RESULTS, compare_tables, excepted_columns
 from dynamoe_lab.workbench.stale import other_since, stale_because
+from dynamoe_lab.workbench.terminal import table_text
 
 __all__ = ["Comparison", "check_runs", "compare_runs", "find_runs", "not_promised"]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamoe_lab.errors import InputError, first_line
-from dynamoe_lab.workbench.benchmarks import SETTINGS, millions_text, score_notes
+from dynamoe_lab.workbench.benchmarks import SETTINGS, score_notes
 from dynamoe_lab.workbench.files import read_json
-from dynamoe_lab.workbench.inventory import table_text
+from dynamoe_lab.workbench.terminal import millions_text, table_text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -152,19 +152,19 @@ def _kept() -> Iterator[Line]:
     from dynamoe_lab.assets import home
     from dynamoe_lab.config import project_root
     from dynamoe_lab.workbench.cache import survey
-    from dynamoe_lab.workbench.report import memory
+    from dynamoe_lab.workbench.terminal import size_text
 
     entries = survey(home(), project_root() / "reports")
     steps = [entry for entry in entries if entry.kind == "step"]
     if not steps:
         return
     stale, rest = [step for step in steps if step.stale], [entry for entry in entries if entry.kind in ("damaged", "unfinished")]
-    text = f"{plural(len(steps), 'step')} {'takes' if len(steps) == 1 else 'take'} {memory(sum(step.bytes for step in steps))}"
+    text = f"{plural(len(steps), 'step')} {'takes' if len(steps) == 1 else 'take'} {size_text(sum(step.bytes for step in steps))}"
     if stale:
-        text += f", {len(stale)} of them ({memory(sum(step.bytes for step in stale))}) computed by other code"
+        text += f", {len(stale)} of them ({size_text(sum(step.bytes for step in stale))}) computed by other code"
     yield Line("ok", text, "dynamoe-lab cache free --stale" if stale else "")
     if idle := [entry for entry in rest if not entry.held]:
-        text = f"in the cache, damaged or not finished: {plural(len(idle), 'step')} ({memory(sum(entry.bytes for entry in idle))})"
+        text = f"in the cache, damaged or not finished: {plural(len(idle), 'step')} ({size_text(sum(entry.bytes for entry in idle))})"
         yield Line("note", text, "the command that began them goes on from there; or dynamoe-lab cache free --scratch")
 
 

@@ -10,8 +10,7 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench.cache import KINDS, Entry, choose, free, survey
 from dynamoe_lab.workbench.files import without_paths
-from dynamoe_lab.workbench.inventory import WIDTH, age_text, table_text
-from dynamoe_lab.workbench.report import memory
+from dynamoe_lab.workbench.terminal import WIDTH, age_text, size_text, table_text
 
 __all__ = ["cache_rows", "free_cache", "list_cache"]
 
@@ -35,7 +34,7 @@ def list_cache(home: Path, reports: Path) -> str:
         if entry.kind in ("step", "damaged", "unfinished"):
             functions.setdefault(entry.function.removeprefix("."), []).append(entry)
     rows = [(KINDS[kind], str(len(found)), *_sums(found, now), _names(kind, found, home)) for kind, found in kinds.items()]
-    rows.append(("in all", str(len(entries)), memory(sum(entry.bytes for entry in entries)), "", ""))
+    rows.append(("in all", str(len(entries)), size_text(sum(entry.bytes for entry in entries)), "", ""))
     parts = [
         without_paths(str(home)),
         table_text(("what", "entries", "disk", "used", ""), rows, right=("entries", "disk", "used"), width=WIDTH),
@@ -50,7 +49,7 @@ def list_cache(home: Path, reports: Path) -> str:
 
 
 def _sums(entries: Sequence[Entry], now: float) -> tuple[str, str]:
-    return memory(sum(entry.bytes for entry in entries)), age_text(now - max(entry.used for entry in entries))
+    return size_text(sum(entry.bytes for entry in entries)), age_text(now - max(entry.used for entry in entries))
 
 
 def _names(kind: str, entries: Sequence[Entry], home: Path) -> str:
@@ -95,7 +94,7 @@ def free_cache(
         (
             KINDS[entry.kind],
             entry.name,
-            memory(entry.bytes),
+            size_text(entry.bytes),
             age_text(now - entry.used),
             "; ".join(filter(None, (entry.held, *_used_by(entry)))),
         )
@@ -104,7 +103,7 @@ def free_cache(
     say(table_text(("what", "name", "disk", "used", ""), rows, right=("disk", "used"), width=WIDTH))
     if len(entries) > SHOWN:
         say(f"... and {len(entries) - SHOWN} more")
-    total = memory(sum(entry.bytes for entry in entries if not entry.held))
+    total = size_text(sum(entry.bytes for entry in entries if not entry.held))
     busy = sum(bool(entry.held) for entry in entries)
     what = f"{plural(len(entries) - busy, 'entry')}, {total}" + (f" (in use, kept: {busy})" if busy else "")
     if dry_run:
@@ -116,7 +115,7 @@ def free_cache(
     gone, kept = free(home, entries)
     for entry, reason in kept:
         say(f"kept {entry.name}: {reason}")
-    say(f"freed {plural(len(gone), 'entry')}, {memory(sum(entry.bytes for entry in gone))}")
+    say(f"freed {plural(len(gone), 'entry')}, {size_text(sum(entry.bytes for entry in gone))}")
     return 0
 
 

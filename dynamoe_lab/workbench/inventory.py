@@ -5,7 +5,6 @@ Every list is rows first (`run_rows`, `step_rows`: plain values, for `--json`), 
 
 import contextlib
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,34 +18,10 @@ from dynamoe_lab.workbench.notebooks import notebook_number
 from dynamoe_lab.workbench.parameters import whole_number
 from dynamoe_lab.workbench.provenance import changed_rooms
 from dynamoe_lab.workbench.records import RECORD_NAME, load_record
-from dynamoe_lab.workbench.report import duration, memory
 from dynamoe_lab.workbench.stale import other_since, standing
+from dynamoe_lab.workbench.terminal import WIDTH, age_text, duration_text, size_text, table_text
 
-__all__ = ["WIDTH", "age_text", "find_run", "list_runs", "list_steps", "run_rows", "step_rows", "table_text"]
-
-WIDTH = 100  # characters of a line
-
-
-def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), width: int | None = None) -> str:
-    """Columns of text under their names, those named in `right` aligned to the right; no line ends in spaces.
-
-    `width`: the longest line; what the last column has beyond it is left out and says so with dots.
-    """
-    widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
-    sides = [str.rjust if name in right else str.ljust for name in header]
-    lines = ["  ".join(side(text, width) for side, text, width in zip(sides, row, widths, strict=True)) for row in [header, *rows]]
-    lines = [line.rstrip() for line in lines]
-    return "\n".join(line if width is None or len(line) <= width else f"{line[: width - 3].rstrip()}..." for line in lines)
-
-
-def age_text(seconds: float | None) -> str:
-    """How long ago: 40 s, 5 min, 3 h, 12 d."""
-    if seconds is None:
-        return ""
-    for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= unit:
-            return f"{int(seconds // unit)} {name}"
-    return f"{int(max(seconds, 0))} s"
+__all__ = ["find_run", "list_runs", "list_steps", "run_rows", "step_rows"]
 
 
 # --- runs --------------------------------------------------------------------------------------------------------------------------
@@ -121,9 +96,9 @@ def list_runs(reports: Path, root: Path) -> str:
             row["run"],
             row["state"],
             age_text(row["age"]),
-            duration(row["seconds"]),
-            memory(row["peak_memory_bytes"]),
-            memory(row["bytes"]),
+            duration_text(row["seconds"]),
+            size_text(row["peak_memory_bytes"]),
+            size_text(row["bytes"]),
             "; ".join(row["why"]),
         )
         for row in rows
@@ -171,10 +146,10 @@ def list_steps(home: Path, reports: Path) -> str:
         (
             entry.name.partition(".corrupt-")[0].rpartition("-")[2],
             entry.function,
-            memory(entry.bytes),
+            size_text(entry.bytes),
             age_text(now - entry.made),
             age_text(now - entry.used),
-            duration(entry.seconds),
+            duration_text(entry.seconds),
             "damaged" if entry.kind == "damaged" else "stale" if entry.stale else "ok",
             "; ".join([*([", ".join(entry.rooms)] if entry.rooms else []), _users(entry), *([entry.held] if entry.held else [])]),
         )
@@ -182,7 +157,7 @@ def list_steps(home: Path, reports: Path) -> str:
     ]
     header = ("key", "function", "disk", "age", "used", "took", "state", "other code; used by")
     table = table_text(header, rows, right=("disk", "age", "used", "took"), width=WIDTH)
-    total, folder = memory(sum(entry.bytes for entry in entries)), without_paths(str(home / "steps"))
+    total, folder = size_text(sum(entry.bytes for entry in entries)), without_paths(str(home / "steps"))
     return f"{table}\n{plural(len(rows), 'step')}, {total} in {folder}; dynamoe-lab cache free removes some"
 
 

@@ -25,20 +25,13 @@ from dynamoe_lab.workbench.handover import CELLS_VARIABLE, RUNNER_VARIABLE
 from dynamoe_lab.workbench.records import RunError
 from dynamoe_lab.workbench.runlog import RunLog
 from dynamoe_lab.workbench.steps import RECOMPUTE_VARIABLE
+from dynamoe_lab.workbench.terminal import seconds_text
 
-__all__ = ["INTERRUPTED", "Heartbeat", "execute", "seconds_text"]
+__all__ = ["INTERRUPTED", "Heartbeat", "execute"]
 
 INTERRUPTED = "Interrupted"
 _ENGINE = "dynamoe-lab"
 _INJECTED = "injected-parameters"
-
-
-def seconds_text(seconds: float) -> str:
-    """`4s`, `1m20s`, `2h05m`."""
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 @dataclass

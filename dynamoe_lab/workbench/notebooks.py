@@ -52,6 +52,7 @@ from dynamoe_lab.workbench.records import (
 )
 from dynamoe_lab.workbench.runlog import RunLog
 from dynamoe_lab.workbench.session import run_command
+from dynamoe_lab.workbench.terminal import seconds_text
 
 __all__ = ["Job", "discover", "notebook_number", "prepare", "report_folder", "run_notebook", "run_notebooks", "select"]
 
@@ -269,8 +270,6 @@ def run_notebook(job: Job, *, force: bool = False, recompute: bool = False, ever
 
 def _ending(record: Record) -> list[str]:
     """How a run ended: one line, and those of the traceback."""
-    from dynamoe_lab.workbench.kernel import seconds_text
-
     run, error = record.run, record.run.error
     if error is None:
         return [f"{run.name}  {run.status}  {seconds_text(run.seconds or 0)}"]

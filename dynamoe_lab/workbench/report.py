@@ -15,8 +15,9 @@ from typing import Any
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench.files import locked, remove_leftovers, sha256, told_when_full, write_atomic
 from dynamoe_lab.workbench.records import RECORD_NAME, Artifact, Finding, Record, StoredFile, effective_status, load_records, place_text
+from dynamoe_lab.workbench.terminal import duration_text, number_text, size_text
 
-__all__ = ["build_report", "duration", "memory", "number_text"]
+__all__ = ["build_report"]
 
 RANDOM_MODEL = "smollm2-pico"  # of the smoke profile
 TABLE_ROWS = 40  # more than a page shows no one reads; the csv has them all
@@ -95,7 +96,7 @@ def _build(folder: Path, expected: Sequence[str] | None) -> Path:
     made = {section.name for section in sections}
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    pages.filters |= {"unbroken": _unbroken, "number": number_text, "duration": duration, "memory": memory, "place": place_text}
+    pages.filters |= {"unbroken": _unbroken, "number": number_text, "duration": duration_text, "memory": size_text, "place": place_text}
     html = pages.get_template("index.html.j2").render(
         profiles=profiles,
         facts=_facts(sections),
@@ -270,32 +271,3 @@ def _environment(sections: list[_Section]) -> list[tuple[str, str]]:
             if value and value not in rows.setdefault(name, []):
                 rows[name].append(value)
     return [(name, " | ".join(values)) for name, values in rows.items() if values]
-
-
-def number_text(value: Any) -> str:
-    """1234567 -> 1,234,567; 0.123456 -> 0.1235."""
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, int) or (value == int(value) if abs(value) < 1e15 else False):
-        return f"{int(value):,}" if isinstance(value, int) or abs(value) >= 1e4 else f"{value:.1f}"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
-
-
-def duration(seconds: float | None) -> str:
-    """4.2 s, 75 s, 12 min, 2.5 h."""
-    if seconds is None:
-        return ""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def memory(size: int | None) -> str:
-    """Bytes as 640 KB, 12 MB, 1.5 GB."""
-    if size is None:
-        return ""
-    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB" if size >= 2**20 else f"{size / 2**10:.0f} KB"

@@ -10,11 +10,10 @@ from typing import Any
 from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench.cache import size_on_disk
 from dynamoe_lab.workbench.files import without_paths
-from dynamoe_lab.workbench.inventory import WIDTH, age_text, table_text
 from dynamoe_lab.workbench.records import Record, StepUse, load_record, place_text
-from dynamoe_lab.workbench.report import duration, memory, number_text
 from dynamoe_lab.workbench.runlog import LOG_NAME, log_tail
 from dynamoe_lab.workbench.stale import other_since, standing
+from dynamoe_lab.workbench.terminal import WIDTH, age_text, duration_text, number_text, size_text, table_text
 
 __all__ = ["run_facts", "show_run"]
 
@@ -73,9 +72,9 @@ def _facts(record: Record, folder: Path, state: str, why: list[str]) -> list[tup
         ("profile", run.profile),
         ("command", run.command),
         ("finished" if run.finished else "started", f"{when}{ago}" if when else ""),
-        ("time", duration(run.seconds)),
-        ("peak memory", memory(run.peak_memory_bytes)),
-        ("on disk", memory(size_on_disk(folder))),
+        ("time", duration_text(run.seconds)),
+        ("peak memory", size_text(run.peak_memory_bytes)),
+        ("on disk", size_text(size_on_disk(folder))),
         ("model", env.model),
         ("machine", ", ".join(part for part in (env.cpu or env.platform, threads) if part)),
         ("commit", env.commit[:12] + (" with uncommitted changes" if env.dirty else "")),
@@ -107,7 +106,14 @@ def _files(record: Record) -> str:
 
 def _steps(record: Record) -> str:
     rows = [
-        (use.function, use.key[:16], duration(use.seconds), memory(use.peak_memory_bytes), _own(use), *_how(use, record.env.threads))
+        (
+            use.function,
+            use.key[:16],
+            duration_text(use.seconds),
+            size_text(use.peak_memory_bytes),
+            _own(use),
+            *_how(use, record.env.threads),
+        )
         for use in record.results.steps
     ]
     header = ("step", "key", "computed in", "peak", "its own", "this run", "notes")
@@ -118,7 +124,7 @@ def _own(use: StepUse) -> str:
     """What a step added to the memory that was taken when it began."""
     if use.peak_memory_bytes is None or use.memory_before_bytes is None:
         return ""
-    return f"+{memory(use.peak_memory_bytes - use.memory_before_bytes)}"
+    return f"+{size_text(use.peak_memory_bytes - use.memory_before_bytes)}"
 
 
 def _how(use: StepUse, threads: int | None) -> tuple[str, str]:
