@@ -101,6 +101,18 @@ def make_tomoe(family: str = "llama", *, dense=None, **changes):
     return convert(make_dense(family) if dense is None else dense, ToMoEConfig(**values))
 
 
+def weights(model):
+    """A copy of a model's weights and buffers by name."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def close(ours, theirs):
+    """Equal but for the rounding of sums in another order."""
+    import torch
+
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def interrupt(process, number=signal.SIGINT):
     """Ctrl-C, again if need be, as a person does: an interrupt that lands in a callback of the event loop is lost. -> stdout, stderr"""
     for _ in range(4):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import PICO, make_blocks, make_dense
+from conftest import PICO, close, make_blocks, make_dense
 from deployed_models import make_masked
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -22,10 +22,6 @@ UNLIKE_MISTRAL = {  # what either family may have and Mixtral has, too
     "tied": {"tie_word_embeddings": True},
     "another activation": {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-3},
 }
-
-
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import PICO, make_blocks, make_converted, make_dense, make_tomoe
+from conftest import PICO, close, make_blocks, make_converted, make_dense, make_tomoe
 from deployed_models import CASES, PRUNED, make_deployed, make_masked
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,10 +14,6 @@ from dynamoe_lab.models import DEPLOYED_CLASSES, DEPLOYED_CONFIGS, FAMILIES, ToM
 
 E, D, H, HEADS, KV, WIDTH = 4, PICO["hidden_size"], PICO["intermediate_size"], 4, 2, 16
 cases = pytest.mark.parametrize(("family", "attention"), CASES)
-
-
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -1,17 +1,9 @@
 """Training of ToMoE: what learns and what never does, the steps frame, held-out KL, resuming to the same weights, one step from parts."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import torch
-from conftest import FAMILIES, make_blocks, make_converted, make_dense, make_tomoe
+from conftest import FAMILIES, make_blocks, make_converted, make_dense, make_tomoe, weights
 
 from dynamoe_lab.config import ToMoETrainConfig, TrainConfig
 from dynamoe_lab.errors import InputError
@@ -27,10 +19,6 @@ COLUMNS += ["active_ratio_max", "active_ratio_mean", "union_coverage", "heldout_
 def make_closing(**changes):
     """A masked model with about a third of everything closed, so that every loss has something to say from the first step on."""
     return make_tomoe(mask_offset=0.2, **changes)
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def assert_equal_weights(one, other):
@@ -395,38 +383,3 @@ def test_killed_between_the_last_step_and_the_result(tmp_path, monkeypatch):
     assert_equal_weights(model, whole)
     pd.testing.assert_frame_equal(steps.drop(columns="seconds"), expected.drop(columns="seconds"))
     assert model.config.moe == whole.config.moe
-
-
-PROGRAM = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from conftest import make_blocks, make_tomoe
-from dynamoe_lab.config import ToMoETrainConfig
-from dynamoe_lab.training import train
-config = ToMoETrainConfig(steps=40, batch_size=2, save_steps=3, log_steps=1, lr=1e-2, eval_steps=4)
-train(make_tomoe(mask_offset=0.2), make_blocks(32), config, output_dir=sys.argv[1], heldout=make_blocks(2, seed=5))
-"""
-
-
-@pytest.mark.slow
-def test_killed_three_times_ends_in_the_same_weights(tmp_path):
-    """kill -9 at three moments of training; the same call finishes, bit for bit as if nothing had happened."""
-    command = [sys.executable, "-c", PROGRAM.format(tests=str(Path(__file__).parent))]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
-    for wanted in (4, 11, 27):  # lines of progress to wait for before the kill
-        with subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= wanted:
-                    time.sleep(0.02)
-                    process.send_signal(signal.SIGKILL)
-                    break
-        assert process.returncode == -signal.SIGKILL
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment, capture_output=True)
-    whole, killed = (tmp_path / name / "checkpoint" / "model.safetensors" for name in ("whole", "killed"))
-    assert whole.read_bytes() == killed.read_bytes()
-    frames = [pd.read_parquet(tmp_path / name / "steps.parquet").drop(columns="seconds") for name in ("whole", "killed")]
-    pd.testing.assert_frame_equal(*frames)
-    assert json.loads((tmp_path / "killed" / "checkpoint" / "config.json").read_text())["moe"]["trained_tokens"] == 40 * 2 * 24

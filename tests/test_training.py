@@ -1,21 +1,16 @@
 """Training: what learns and what does not, the steps frame, resuming to the same weights, stopping when numbers break."""
 
-import json
 import os
 import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import make_blocks, make_converted, make_dense
+from conftest import make_blocks, make_converted, make_dense, weights
 
 from dynamoe_lab.config import TrainConfig
 from dynamoe_lab.errors import InputError
@@ -23,10 +18,6 @@ from dynamoe_lab.training import TrainingDiverged, train
 
 CONFIG = TrainConfig(steps=6, batch_size=2, save_steps=2, warmup_steps=1, mlp_lr=1e-3, router_lr=1e-2)
 COLUMNS = ["run", "step", "tokens", "loss", "lm_loss", "router_loss", "router_accuracy", "active_mlp_fraction", "lr", "seconds"]
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def test_only_mlps_and_routers_learn(family, tmp_path):
@@ -378,38 +369,3 @@ def test_one_call_at_a_time_trains_in_a_folder(tmp_path, capsys):
     assert all(torch.equal(value, models[1].state_dict()[name]) for name, value in weights(models[0]).items())
     assert f"waiting for the training in {tmp_path.name}/, held by pid {os.getpid()}\n" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "steps.parquet", "train.json"]
-
-
-PROGRAM = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from conftest import make_blocks, make_converted
-from dynamoe_lab.config import TrainConfig
-from dynamoe_lab.training import train
-config = TrainConfig(steps=40, batch_size=2, save_steps=3, log_steps=1, warmup_steps=1, mlp_lr=1e-3, router_lr=1e-2)
-train(make_converted(), make_blocks(32), config, output_dir=sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-def test_killed_three_times_ends_in_the_same_weights(tmp_path):
-    """kill -9 at three moments of training; the same call finishes, bit for bit as if nothing had happened."""
-    command = [sys.executable, "-c", PROGRAM.format(tests=str(Path(__file__).parent))]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
-    for wanted in (4, 11, 27):  # lines of progress to wait for before the kill
-        with subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= wanted:
-                    time.sleep(0.02)
-                    process.send_signal(signal.SIGKILL)
-                    break
-        assert process.returncode == -signal.SIGKILL
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment, capture_output=True)
-    whole, killed = (tmp_path / name / "checkpoint" / "model.safetensors" for name in ("whole", "killed"))
-    assert whole.read_bytes() == killed.read_bytes()
-    frames = [pd.read_parquet(tmp_path / name / "steps.parquet").drop(columns="seconds") for name in ("whole", "killed")]
-    pd.testing.assert_frame_equal(*frames)
-    assert json.loads((tmp_path / "killed" / "checkpoint" / "config.json").read_text())["moe"]["trained_tokens"] == 40 * 2 * 24
