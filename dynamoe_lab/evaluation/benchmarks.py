@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation.benchmark_tables import document_table, right_choices, task_scores
+from dynamoe_lab.evaluation.perplexity import in_eval_mode
 from dynamoe_lab.evaluation.routing import evaluating
 from dynamoe_lab.evaluation.task_sources import is_task_file, task_sources
 from dynamoe_lab.evaluation.tasks import DEFINITIONS, TASKS, error_text, load_tasks, quiet_libraries, task_split
@@ -186,13 +187,9 @@ def _scoring(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_s
     """The model as lm-eval wants it; afterwards as it was found. The tokenizer is lm-eval's to keep."""
     from dynamoe_lab.evaluation.benchmark_lm import BenchmarkLM
 
-    was_training = model.training
-    routed = evaluating(model, "evaluate_task") if isinstance(model, RoutedMixin) else contextlib.nullcontext()
-    try:
-        with routed, quiet_libraries():
-            yield BenchmarkLM(model, tokenizer, batch_size=batch_size, progress=progress)
-    finally:
-        model.train(was_training)
+    as_found = evaluating(model, "evaluate_task") if isinstance(model, RoutedMixin) else in_eval_mode(model)
+    with as_found, quiet_libraries():
+        yield BenchmarkLM(model, tokenizer, batch_size=batch_size, progress=progress)
 
 
 def _run(lm: Any, name: str, definition: "Task", limit: int | None) -> tuple[list[dict[str, Any]], dict[str, float]]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from dynamoe_lab.data import Blocks, require_blocks
 from dynamoe_lab.errors import InputError
+from dynamoe_lab.evaluation.perplexity import in_eval_mode
 from dynamoe_lab.evaluation.routing import evaluating
 
 __all__ = ["document_divergences"]
@@ -67,8 +68,5 @@ def _dense_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _reference_logits(reference: PreTrainedModel, ids: Tensor) -> Tensor:
-    was_training = reference.training
-    reference.eval()
-    logits = reference(input_ids=ids.to(reference.device), use_cache=False).logits
-    reference.train(was_training)
-    return logits
+    with in_eval_mode(reference):
+        return reference(input_ids=ids.to(reference.device), use_cache=False).logits

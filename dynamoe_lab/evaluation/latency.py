@@ -4,8 +4,8 @@ A machine is never as fast twice, so times are compared within rounds: in each r
 that rotates, and ratios are formed round by round (`analysis.metrics.latency`). What is timed is the product's own path.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from numbers import Integral
 
 import numpy as np
@@ -19,6 +19,7 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.evaluation.cost import count_active_params
 from dynamoe_lab.evaluation.cost_model import ideal_share, model_cost
 from dynamoe_lab.evaluation.overrule import RoutingSpec, check_routing, forced_routing, routing_name
+from dynamoe_lab.evaluation.perplexity import in_eval_mode
 from dynamoe_lab.evaluation.routing import evaluating
 from dynamoe_lab.evaluation.stopwatch import Stopwatch, Work, step_ids
 from dynamoe_lab.models import DynaMoEConfig, RoutedMixin, decoder_layers, dense_type_of, family_of
@@ -91,7 +92,7 @@ def measure_latency(
     setting = {"run": run, "phase": phase, "batch": batch, "tokens": tokens}
     setting |= {"threads": torch.get_num_threads(), "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
     rows = []
-    with torch.inference_mode(), evaluating(model, function), _in_eval_mode(dense), Stopwatch(model.device) as watch:
+    with torch.inference_mode(), evaluating(model, function), in_eval_mode(dense), Stopwatch(model.device) as watch:
         for each in (dense, model):
             watch.watch_mlps(each, "mlp")
         if phase == "decode":
@@ -154,16 +155,6 @@ def _as_routings(model: PreTrainedModel, routings: Sequence[RoutingSpec], functi
     if len(set(routings)) < len(routings):
         raise InputError(f"{function}: routings = {list(routings)}: one is given twice; more rounds are what `pairs` asks for")
     return list(routings)
-
-
-@contextmanager
-def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _timed(work: Work, watch: Stopwatch) -> tuple[float, float]:
@@ -247,7 +238,7 @@ def time_parts(
     work = Work(model, phase, step_ids(model, function, phase=phase, batch=batch, tokens=tokens, steps=1, ids=ids, seed=seed), tokens)
     measured = []
     with torch.inference_mode(), ExitStack() as stack:
-        stack.enter_context(evaluating(model, function) if converted else _in_eval_mode(model))
+        stack.enter_context(evaluating(model, function) if converted else in_eval_mode(model))
         if phase == "decode":
             with nullcontext() if routing is None else forced_routing(model, routing, rows=batch * tokens, seed=seed):
                 work.prefill()

@@ -1,5 +1,8 @@
 """Held-out perplexity, and its ratio to the dense model paired on the same documents (see `analysis.metrics.perplexity` for the why)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import pandas as pd
 import torch
@@ -10,7 +13,18 @@ from transformers import PreTrainedModel
 from dynamoe_lab.analysis import perplexity_ratio
 from dynamoe_lab.data import Blocks, require_blocks
 
-__all__ = ["document_losses", "evaluate_perplexity", "token_surprisal"]
+__all__ = ["document_losses", "evaluate_perplexity", "in_eval_mode", "token_surprisal"]
+
+
+@contextmanager
+def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """A model without dropout; afterwards, also after an error, in the mode that it was found in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def token_surprisal(logits: Tensor, ids: Tensor) -> Tensor:
@@ -39,15 +53,13 @@ def document_losses(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_si
         1         1   text       7
     """
     blocks = require_blocks(blocks, "document_losses", model=model)
-    was_training = model.training
-    model.eval()
     # One array from the start: small results kept between forwards would lie where the next logits have to go, and memory would grow.
     losses = np.empty((len(blocks), blocks.ids.shape[1] - 1))
-    for start in range(0, len(blocks), batch_size):
-        ids = blocks.ids[start : start + batch_size].to(model.device)
-        surprisal = token_surprisal(model(input_ids=ids, use_cache=False).logits, ids)
-        losses[start : start + batch_size] = surprisal[:, 1:].double().cpu().numpy()
-    model.train(was_training)
+    with in_eval_mode(model):
+        for start in range(0, len(blocks), batch_size):
+            ids = blocks.ids[start : start + batch_size].to(model.device)
+            surprisal = token_surprisal(model(input_ids=ids, use_cache=False).logits, ids)
+            losses[start : start + batch_size] = surprisal[:, 1:].double().cpu().numpy()
     domains = np.repeat(np.asarray(blocks.domain, dtype=object), losses.shape[1])
     columns = {"document": blocks.document[:, 1:].flatten().numpy(), "domain": domains, "nll": losses.ravel(), "tokens": 1}
     return pd.DataFrame(columns).groupby(["document", "domain"], as_index=False)[["nll", "tokens"]].sum()

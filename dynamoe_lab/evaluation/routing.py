@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynamoe_lab.data import Blocks, require_blocks
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.evaluation.perplexity import token_surprisal
+from dynamoe_lab.evaluation.perplexity import in_eval_mode, token_surprisal
 from dynamoe_lab.models import RoutedMixin
 
 __all__ = ["evaluating", "expert_similarity", "logit_change", "trace_routing", "trace_text"]
@@ -31,19 +31,18 @@ def evaluating(model: PreTrainedModel, name: str, mode: str | int | None = None,
         raise InputError(f"{name}: {type(model).__name__} has no routers; convert it first with lab.convert")
     if labels and (reason := model.routing_modes.get("label", f"{model.method} has no difficulty labels")) is not None:
         raise InputError(f"{name}: {reason}")
-    was_training, kept = model.training, dataclasses.replace(model.routing)
+    kept = dataclasses.replace(model.routing)
     draws = [generator.get_state() for generator in kept.generators or ()]
-    model.eval()
-    try:
-        if mode is not None:
-            model.set_routing(mode)
-        yield
-    finally:
-        for item in dataclasses.fields(kept):
-            setattr(model.routing, item.name, getattr(kept, item.name))
-        for generator, state in zip(kept.generators or (), draws, strict=True):
-            generator.set_state(state)
-        model.train(was_training)
+    with in_eval_mode(model):
+        try:
+            if mode is not None:
+                model.set_routing(mode)
+            yield
+        finally:
+            for item in dataclasses.fields(kept):
+                setattr(model.routing, item.name, getattr(kept, item.name))
+            for generator, state in zip(kept.generators or (), draws, strict=True):
+                generator.set_state(state)
 
 
 def token_columns(batch: Blocks, logits: Tensor) -> dict[str, np.ndarray]:
@@ -231,18 +230,19 @@ def logit_change(model: PreTrainedModel, reference: PreTrainedModel, blocks: Blo
     """
     blocks = require_blocks(blocks, "logit_change", model=model)
     largest, total, squares, sums, agree, tokens, entries = 0.0, 0.0, 0.0, 0.0, 0, 0, 0
-    for start in range(0, len(blocks), batch_size):
-        ids = blocks.ids[start : start + batch_size]
-        ours = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
-        theirs = reference(input_ids=ids.to(reference.device), use_cache=False).logits.float().cpu()
-        difference = (ours - theirs).abs()
-        largest = max(largest, float(difference.max()))
-        total += float(difference.double().sum())
-        squares += float(theirs.double().square().sum())
-        sums += float(theirs.double().sum())
-        agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        tokens += ids.numel()
-        entries += difference.numel()
-    scale = (squares / entries - (sums / entries) ** 2) ** 0.5
+    with in_eval_mode(model), in_eval_mode(reference):
+        for start in range(0, len(blocks), batch_size):
+            ids = blocks.ids[start : start + batch_size]
+            ours = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+            theirs = reference(input_ids=ids.to(reference.device), use_cache=False).logits.float().cpu()
+            difference = (ours - theirs).abs()
+            largest = max(largest, float(difference.max()))
+            total += float(difference.double().sum())
+            squares += float(theirs.double().square().sum())
+            sums += float(theirs.double().sum())
+            agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            tokens += ids.numel()
+            entries += difference.numel()
+    scale = max(0.0, squares / entries - (sums / entries) ** 2) ** 0.5  # rounding may leave a constant's variance below 0
     row = {"tokens": tokens, "max_abs": largest, "mean_abs": total / entries, "logit_scale": scale}
     return pd.DataFrame([{**row, "agreement": agree / tokens}])

@@ -150,7 +150,12 @@ def step_ids(
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
     ids = getattr(ids, "ids", ids)
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
+    if (
+        not isinstance(ids, Tensor)
+        or ids.is_floating_point()
+        or not ids.numel()
+        or not 0 <= ids.min() <= ids.max() < model.config.vocab_size
+    ):
         raise InputError(f"{function}: ids: give a tensor or blocks of token ids below {model.config.vocab_size}")
     if ids.ndim == 1 and len(ids) >= batch * tokens:
         ids = ids[: batch * tokens].view(batch, tokens)
