@@ -107,15 +107,20 @@ def as_blocks(blocks: "Blocks | torch.Tensor") -> Blocks:
     return Blocks(ids, document, ["text"] * len(ids))
 
 
-def require_blocks(blocks: "Blocks | torch.Tensor", function: str, *, model: "PreTrainedModel | None" = None) -> Blocks:
+def require_blocks(
+    blocks: "Blocks | torch.Tensor", function: str, *, model: "PreTrainedModel | None" = None, batch_size: int = 1
+) -> Blocks:
     """`as_blocks`, for a function that needs at least one block, of token ids that are some, and that `model` has an embedding for.
 
     Raises:
-        InputError: naming the function; torch would say only that an index is out of range.
+        InputError: naming the function: as above (torch would say only that an index is out of range), or a batch size below 1, with which
+            no forward would run and nothing be measured.
     """
     blocks = as_blocks(blocks)
     if not blocks.tokens:
         raise InputError(f"{function}: no blocks of text; ask load_blocks for more tokens")
+    if batch_size < 1:
+        raise InputError(f"{function}: batch_size = {batch_size}: give at least 1 block of a forward")
     least, most = (int(bound) for bound in torch.aminmax(blocks.ids))
     size = most + 1 if model is None else model.get_input_embeddings().num_embeddings
     if least < 0 or most >= size:

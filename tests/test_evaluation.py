@@ -252,3 +252,9 @@ def test_no_text_is_told(function):
 def test_ids_that_the_model_does_not_have_are_told(function, bad, told):
     with pytest.raises(InputError, match=told):
         function(make_converted(), torch.tensor([[5, bad, 7]]))
+
+
+@pytest.mark.parametrize("function", [trace_routing, document_losses, expert_similarity, trace_similarity])
+def test_no_batch_is_no_measurement(function):
+    with pytest.raises(InputError, match="batch_size = -1"):
+        function(make_converted(), make_blocks(2), batch_size=-1)

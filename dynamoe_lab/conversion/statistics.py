@@ -40,7 +40,7 @@ def calibrate(dense: PreTrainedModel, calibration: Blocks | Tensor, *, batch_siz
         >>> statistics.shape, statistics["tokens"].unique().tolist()  # a row per layer and neuron
         ((256, 7), [64])
     """
-    blocks = require_blocks(calibration, "calibrate", model=dense)
+    blocks = require_blocks(calibration, "calibrate", model=dense, batch_size=batch_size)
     if getattr(dense.config, "moe", None):
         raise InputError("calibrate: this model is a converted one already; statistics come from its dense parent")
     try:

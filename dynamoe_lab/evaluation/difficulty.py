@@ -35,7 +35,7 @@ def trace_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_s
         >>> len(similarity), [name for name in similarity if name.startswith("similarity")]  # 8 tokens, 2 layers
         (16, ['similarity_0', 'similarity_1', 'similarity_2'])
     """
-    blocks = require_blocks(blocks, "trace_similarity", model=model)
+    blocks = require_blocks(blocks, "trace_similarity", model=model, batch_size=batch_size)
     categories = sorted(set(blocks.domain))
     parts = []
     with evaluating(model, "trace_similarity", "full", labels=True):

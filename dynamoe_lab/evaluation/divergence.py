@@ -44,7 +44,7 @@ def document_divergences(
         0         0   text  0.0       8
         1         1   text  0.0       8
     """
-    blocks = require_blocks(blocks, "document_divergences", model=model)
+    blocks = require_blocks(blocks, "document_divergences", model=model, batch_size=batch_size)
     with evaluating(model, "document_divergences"):
         if reference is None and not hasattr(model, "layer_masks"):
             raise InputError(f"document_divergences: {type(model).__name__} does not hold its dense parent; give it as reference=")

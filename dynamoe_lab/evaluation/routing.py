@@ -85,7 +85,7 @@ def trace_routing(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_size
         6         2         2      1       1
         7         3         3      1       1
     """
-    blocks = require_blocks(blocks, "trace_routing", model=model)
+    blocks = require_blocks(blocks, "trace_routing", model=model, batch_size=batch_size)
     categories = sorted(set(blocks.domain))
     parts = []
     with evaluating(model, "trace_routing"):
@@ -174,7 +174,7 @@ def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_
         >>> round(float(similarity["mean"].iloc[-1]), 3)  # the last is the whole MLP
         1.0
     """
-    blocks = require_blocks(blocks, "expert_similarity", model=model)
+    blocks = require_blocks(blocks, "expert_similarity", model=model, batch_size=batch_size)
     with evaluating(model, "expert_similarity", "full", labels=True):
         collected: list[list[Tensor]] = [[] for _ in model.routed_mlps()]
         for start in range(0, len(blocks), batch_size):
@@ -228,7 +228,7 @@ def logit_change(model: PreTrainedModel, reference: PreTrainedModel, blocks: Blo
         >>> bool(change["max_abs"][0] < 1e-3)
         True
     """
-    blocks = require_blocks(blocks, "logit_change", model=model)
+    blocks = require_blocks(blocks, "logit_change", model=model, batch_size=batch_size)
     largest, total, squares, sums, agree, tokens, entries = 0.0, 0.0, 0.0, 0.0, 0, 0, 0
     with in_eval_mode(model), in_eval_mode(reference):
         for start in range(0, len(blocks), batch_size):

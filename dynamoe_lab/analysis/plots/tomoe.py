@@ -207,7 +207,7 @@ def plot_tomoe_union(
     last = bars
     if attention is not None:
         last = rows[1, 0]
-        _attention(last, rows[1, 1], attention, layers, every)
+        _attention(last, rows[1, 1], attention, layers)
     for ax in {bars, last}:
         ax.set_xticks(layers[::every], table.index[::every])
     last.set_xlabel("layer")
@@ -290,7 +290,7 @@ def _union_message(table: pd.DataFrame, pooled: pd.DataFrame, experts: int) -> s
     )
 
 
-def _attention(ax: Axes, beside: Axes, attention: pd.DataFrame, layers: np.ndarray, every: int) -> None:
+def _attention(ax: Axes, beside: Axes, attention: pd.DataFrame, layers: np.ndarray) -> None:
     """What attention keeps, by layer; the key in the place `beside`."""
     require(attention, ("layer", "pairs_kept", "values_open", "values_low", "values_high"), "plot_tomoe_union: attention")
     single, _ = split_layers(attention)
