@@ -1,5 +1,7 @@
 """Calibration statistics and importance against sums written out; what convert refuses."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaModel
 from dynamoe_lab.config import load_experiment
 from dynamoe_lab.conversion import FORMULAS, calibrate, convert, importance, importance_table, reorder
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.models import DynaMoEConfig, decoder_layers
+from dynamoe_lab.models import FAMILIES, DynaMoEConfig, ToMoEConfig, decoder_layers
 
 
 @torch.no_grad()
@@ -169,6 +171,25 @@ def test_bad_conversions_are_refused_in_one_line(dense, arguments, says):
     with pytest.raises(InputError, match=says) as refusal:
         convert(dense(), arguments.pop("config", None), **{"calibration": make_blocks(), **arguments})
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("config", [DynaMoEConfig(), ToMoEConfig()], ids=["dynamoe", "tomoe"])
+def test_a_row_of_the_family_table_that_is_not_true_is_noticed(monkeypatch, config):
+    """Shapes fit and numbers come out; only the dense model tells that they are others. Its mode stays as it was."""
+    dense = make_dense().train()
+    convert(dense, config, calibration=make_blocks())
+    assert all(module.training for module in dense.modules())
+    swapped = dataclasses.replace(FAMILIES["llama"], gate="up_proj", up="gate_proj")
+    monkeypatch.setitem(FAMILIES, "llama", swapped)
+    with pytest.raises(InputError, match=r"is not the llama model: logits differ.*FAMILIES"):
+        convert(dense, config, calibration=make_blocks())
+
+
+def test_a_projection_that_holds_two_is_refused():
+    dense = make_dense()
+    dense.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 192, bias=False)
+    with pytest.raises(InputError, match="up_proj has 192 neurons, not 96"):
+        reorder(dense, torch.arange(96).repeat(3, 1))
 
 
 @pytest.mark.parametrize(

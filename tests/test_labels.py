@@ -42,6 +42,18 @@ def test_the_full_output_is_similar_to_itself(label):
     assert bool(torch.isfinite(nothing).all())
 
 
+def test_another_formula_under_the_same_name_is_another_model(monkeypatch):
+    """Who edits a definition gets its numbers, not those that were kept of the one before."""
+
+    def halved(outputs, full, residual):
+        return [torch.cosine_similarity(output, full, dim=-1) / 2 for output in outputs]
+
+    model, before = make_converted(), fingerprint(make_converted())
+    assert fingerprint(model) == before
+    monkeypatch.setitem(LABELS, "cosine", dataclasses.replace(LABELS["cosine"], similarity=halved))
+    assert fingerprint(model) != before
+
+
 @every_label
 def test_a_model_trains_routes_and_travels_with_it(label, blocks, tmp_path):
     """Labels reach the router's loss; the path without a trace routes by them, too; saved and loaded they are the same."""

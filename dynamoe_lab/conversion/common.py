@@ -3,16 +3,19 @@
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import Family, family_of
 
-__all__ = ["check_dense", "config_values", "filled", "with_weights_of"]
+__all__ = ["check_dense", "check_function", "config_values", "filled", "probe", "with_weights_of"]
 
 # Of a config: what its class and its place say, which are others in the model that is made from it.
 _OWN = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "moe")
+
+_PRECISION = {torch.float64: 1e-3, torch.float32: 1e-3}  # of logits, beside the largest; half precisions: 0.1
 
 
 def check_dense(dense: PreTrainedModel, *, why_whole: str) -> Family:
@@ -38,6 +41,44 @@ def check_dense(dense: PreTrainedModel, *, why_whole: str) -> Family:
     if getattr(dense.config, "quantization_config", None) is not None:
         raise InputError(f"convert: this model is quantized; load it in float32, bfloat16 or float16 ({why_whole})")
     return family
+
+
+def probe(dense: PreTrainedModel) -> Tensor:
+    """A few tokens that a model knows, [2, 16] int64, the same every time."""
+    known = dense.get_input_embeddings().num_embeddings
+    return torch.randint(known, (2, 16), generator=torch.Generator().manual_seed(0)).to(dense.device)
+
+
+@torch.no_grad()
+def check_function(dense: PreTrainedModel, model: PreTrainedModel, what: str = "with everything open") -> None:
+    """Refuse a converted model that is another function than its dense parent where it has to be the same one.
+
+    A row of the family table that is not true of this model shows nowhere else: shapes fit, numbers come out. A few tokens tell; weights
+    on the meta device have no function.
+
+    Args:
+        dense: in whatever mode, which it keeps.
+        model: the converted model, under a routing that leaves nothing out.
+        what: of the model, for the message.
+
+    Raises:
+        InputError: logits differ by more than the precision of the weights explains.
+    """
+    if any(parameter.is_meta for parameter in dense.parameters()):
+        return
+    modes = [(module, module.training) for module in dense.modules()]
+    dense.eval()
+    try:
+        expected, found = (each(input_ids=probe(dense), use_cache=False).logits.float() for each in (dense, model))
+    finally:
+        for module, training in modes:
+            module.training = training
+    change, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    if change > _PRECISION.get(dense.dtype, 0.1) * scale:  # not of weights that are no numbers: loading refuses those
+        raise InputError(
+            f"convert: {what} the converted model is not the {dense.config.model_type} model: logits differ by {change:.3g} where the "
+            f"largest is {scale:.3g}; its row of FAMILIES does not fit, see docs/extending.md"
+        )
 
 
 def config_values(model: PreTrainedModel) -> dict[str, Any]:

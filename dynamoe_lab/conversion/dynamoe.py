@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dynamoe_lab.conversion.common import check_dense, with_weights_of
+from dynamoe_lab.conversion.common import check_dense, check_function, with_weights_of
 from dynamoe_lab.conversion.statistics import calibrate, importance
 from dynamoe_lab.data import Blocks
 from dynamoe_lab.errors import InputError
@@ -56,7 +56,10 @@ def convert_dynamoe(
         for frozen in (mlp.frozen or {}).values():
             frozen.remember()
     _fresh_routers(model, config)
-    return model.eval()
+    model.eval().set_routing("full")
+    check_function(dense, model, "at full width")
+    model.set_routing("router")
+    return model
 
 
 @torch.no_grad()
@@ -66,6 +69,8 @@ def reorder(model: PreTrainedModel, order: Tensor) -> None:
     Args:
         model: dense or converted model.
         order: [L, H] int64; neuron `order[l, k]` of layer l becomes its k-th.
+
+    Raises InputError: a projection with more or fewer neurons.
     """
     family = family_of(model.config.model_type)
     for layer, permutation in zip(decoder_layers(model), order, strict=True):
@@ -74,6 +79,11 @@ def reorder(model: PreTrainedModel, order: Tensor) -> None:
         for name in family.projections:
             for linear in (getattr(holder, name), *([frozen[name]] if frozen else [])):
                 indices = permutation.to(linear.weight.device)
+                rows, columns = linear.weight.shape
+                if (neurons := columns if name == family.down else rows) != len(indices):
+                    raise InputError(
+                        f"convert: {name} has {neurons} neurons, not {len(indices)}: a projection that holds several cannot be nested"
+                    )
                 if name == family.down:
                     linear.weight.copy_(linear.weight[:, indices])
                     continue

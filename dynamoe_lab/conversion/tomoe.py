@@ -5,9 +5,10 @@ Nothing is measured on text and no weight moves, so the converted model is the d
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from dynamoe_lab.conversion.common import check_dense, with_weights_of
+from dynamoe_lab.conversion.common import check_dense, check_function, probe, with_weights_of
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import MASKED_CLASSES, MASKED_CONFIGS, ToMoEConfig, decoder_layers
 
@@ -33,4 +34,20 @@ def convert_tomoe(dense: PreTrainedModel, config: ToMoEConfig, **_: Any) -> PreT
     model = with_weights_of(dense, MASKED_CLASSES[model_type], MASKED_CONFIGS[model_type], config.to_dict(), ours)
     model.draw_weights()
     model.freeze_base()
-    return model.eval()
+    model.eval().set_routing("full")
+    check_function(dense, model)
+    model.set_routing("router")
+    if _all_open(model, dense):
+        check_function(dense, model, "as it starts")
+    return model
+
+
+@torch.no_grad()
+def _all_open(model: PreTrainedModel, dense: PreTrainedModel) -> bool:
+    """Whether the student's masks close nothing before training, which of the paper's size they never do."""
+    if any(parameter.is_meta for parameter in dense.parameters()):
+        return False
+    told = model(input_ids=probe(dense), use_cache=False, output_router_logits=True)
+    pairs = [masks.pairs for masks in model.layer_masks() if masks.pairs is not None]
+    masks = [*(masks.experts for masks in model.layer_masks()), *pairs, *(opened == 1 for opened in told.open_values or ())]
+    return all(bool(mask.all()) for mask in masks)

@@ -7,6 +7,7 @@ not installed, since these files travel with it.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from inspect import getsource
 from typing import Any, ClassVar
 
 import torch
@@ -76,6 +77,13 @@ class DynaMoEMixin(RoutedMixin):
         for layer, mlp in zip(decoder_layers(self), self.nested_mlps(), strict=True):
             source = family.residual_source(layer, self.config) if needed else None
             mlp.watch_residual(source, None if family.output_norm is None else getattr(layer, family.output_norm))
+
+    def code_mark(self) -> str:
+        """Stands for the source of its label's definition: with another formula under the same name the model is another function."""
+        try:
+            return getsource(LABELS[self.moe.label].similarity)
+        except (OSError, TypeError):  # typed into a console, or compiled
+            return self.moe.label
 
     def lay_out(self, *, columns: bool = True) -> None:
         """Order the memory of the MLPs so that every expert is one piece, or as in files; see `NestedMLP.lay_out`."""

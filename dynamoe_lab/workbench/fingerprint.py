@@ -180,6 +180,8 @@ def _feed_module(digest: Any, module: Any) -> None:
         _feed(digest, json.dumps(_settled(config.to_dict()), sort_keys=True, default=str))
     else:
         _feed(digest, repr(module))  # the layers and their extra_repr
+    if callable(code_mark := getattr(module, "code_mark", None)):  # code of a user's that its class does not stand for
+        _mark(digest, "code", code_mark().encode())
     for kind, tensors in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
         for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
             _mark(digest, kind, name.encode())
