@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench import environment
+from dynamoe_lab.workbench.files import with_paths
 from dynamoe_lab.workbench.inventory import find_run
 from dynamoe_lab.workbench.records import RECORD_NAME, Record, StepUse, load_record, missing_files
 from dynamoe_lab.workbench.repeatable import EXCEPTED_RESULTS, compare_tables, excepted_columns
@@ -124,10 +124,10 @@ def _again(record: Record, folder: Path, fresh: Path, report: Path, scratch: Pat
     run, threads = record.run, record.env.threads
     profile = scratch / f"{run.profile}.yaml"  # the experiment as it was, whatever the profile holds today
     scratch.mkdir()
-    config = _expanded({**run.config, "threads": threads}, home)
+    config = with_paths({**run.config, "threads": threads}, home)
     profile.write_text(json.dumps({name: value for name, value in config.items() if name != "profile"}), encoding="utf-8")
-    given = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in _expanded(run.parameters, home).items()]
-    given.append(f"overrides={json.dumps(_expanded(run.overrides, home))}")
+    given = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in with_paths(run.parameters, home).items()]
+    given.append(f"overrides={json.dumps(with_paths(run.overrides, home))}")
     with _variables(DYNAMOE_LAB_HOME=str(fresh), OMP_NUM_THREADS=str(threads) if threads else None):
         statuses = run_notebooks([run.name], profile=str(profile), given=given, output=report)
     if statuses[run.name] != OK:
@@ -147,18 +147,6 @@ def _variables(**values: str | None) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def _expanded(value: Any, home: Path) -> Any:
-    """Names of this machine's folders in the place of what `without_paths` wrote for them."""
-    if isinstance(value, dict):
-        return {key: _expanded(item, home) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expanded(item, home) for item in value]
-    if isinstance(value, str):
-        value = value.replace("$DYNAMOE_LAB_HOME", str(home))
-        return str(Path(value).expanduser()) if value.startswith("~/") else value
-    return value
 
 
 # --- the comparison ----------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ __all__ = [
     "require_writable",
     "sha256",
     "told_when_full",
+    "with_paths",
     "without_paths",
     "write_atomic",
     "write_json",
@@ -81,7 +82,7 @@ def occupied(folder: Path, *ours: str) -> bool:
 
 
 def without_paths(value: Any, root: Path | None = None) -> Any:
-    """The same text (or list or dict of texts) with folders of this machine replaced by what they are.
+    """The same text (or list or dict of texts, keys among them) with folders of this machine replaced by what they are.
 
     The project `root` becomes `.`, the cache `$DYNAMOE_LAB_HOME`, installed packages `site-packages`, the home folder `~`, a cell's
     temporary file `<cell>`.
@@ -102,7 +103,23 @@ def _replaced(value: Any, rules: list[tuple[re.Pattern, str]]) -> Any:
             value = pattern.sub(lambda _, short=short: short, value)
         return value
     if isinstance(value, dict):
-        return type(value)((key, _replaced(item, rules)) for key, item in value.items())
+        return type(value)((_replaced(key, rules), _replaced(item, rules)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return type(value)(_replaced(item, rules) for item in value)
+    return value
+
+
+def with_paths(value: Any, home: Path) -> Any:
+    """Names of this machine's folders in the place of what `without_paths` wrote for the cache (`home`) and the home folder.
+
+    Names below `.` start at the project root, as they do for a kernel; packages and cells are named by no experiment.
+    """
+    if isinstance(value, dict):
+        return {with_paths(key, home): with_paths(item, home) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_paths(item, home) for item in value]
+    if isinstance(value, str):
+        value = value.replace("$DYNAMOE_LAB_HOME", str(home))
+        # texts are joined by +, an override has its field's name before it
+        return re.sub(r"(?:^|(?<=[+=])|(?<=\+ ))~(?=/)", lambda _: str(Path.home()), value)
     return value

@@ -30,7 +30,7 @@ from dynamoe_lab.workbench.files import (
 )
 from dynamoe_lab.workbench.fingerprint import fingerprint
 from dynamoe_lab.workbench.handover import notebook_lock
-from dynamoe_lab.workbench.inputs import named_files
+from dynamoe_lab.workbench.named_files import named_files, sweep_mark
 from dynamoe_lab.workbench.parameters import (
     Parameter,
     profile_values,
@@ -71,6 +71,8 @@ class Job:
     own: dict[str, Any]  # those of them that only this notebook has
     config: dict[str, Any]  # the resolved experiment
     inputs: dict[str, str]  # local files and folders that it names -> their digest
+    swept: dict[str, str]  # the sweep that it names -> hash of what that asks for
+    trusts: bool  # the experiment, or a cell of its sweep, may run the code that comes with a model or a task
     profile: str
     command: str
     source: str  # hash of the code cells
@@ -147,17 +149,20 @@ def prepare(paths: Sequence[Path], *, profile: str = "quick", given: Sequence[st
             "overrides": [*values.get("overrides", parameters["overrides"].default), *overrides],
             "output": _seen_from(root, report),
         }
-        swept = ""
+        swept, trusts = {}, experiment.trust_remote_code
         if "sweep" in parameters:
-            values["sweep"], swept = _swept(str(values.get("sweep", parameters["sweep"].default)), root)
+            sweep = str(values.get("sweep", parameters["sweep"].default))
+            mark, foreign = sweep_mark(sweep)
+            values["sweep"] = _seen_from(root, Path(os.path.abspath(sweep))) if Path(sweep).suffix in (".yaml", ".yml") else sweep
+            swept, trusts = {values["sweep"]: mark}, trusts or foreign
         config = asdict(experiment)
         source = fingerprint([cell.source for cell in nb.cells if cell.cell_type == "code"])
         inputs = named_files(config, {parameter: values.get(parameter, item.default) for parameter, item in parameters.items()}, root)
         asked = {k: v for k, v in values.items() if k != "output"}
-        key = fingerprint([source, asked, config, swept, environment.code_digest(), *([inputs] if inputs else [])])
+        key = fingerprint([source, asked, config, "".join(swept.values()), environment.code_digest(), *([inputs] if inputs else [])])
         pairs = [pair for pair in given if pair not in unknown]
         command = run_command(name, profile, pairs, report, root)
-        jobs.append(Job(name, nb, report / name, root, values, own, config, inputs, profile, command, source, key))
+        jobs.append(Job(name, nb, report / name, root, values, own, config, inputs, swept, trusts, profile, command, source, key))
     for pair in given:
         if pair in unread:
             everyone = {parameter for _, _, parameters in notebooks for parameter in parameters}
@@ -168,18 +173,6 @@ def prepare(paths: Sequence[Path], *, profile: str = "quick", given: Sequence[st
 def _seen_from(root: Path, path: Path) -> str:
     """The path as the kernel, which works in `root`, has to be given it."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-
-
-def _swept(name: str, root: Path) -> tuple[str, str]:
-    """A sweep as the kernel has to be given it, and a hash of what it asks for or, of a table, holds. Raises `InputError` if it is none."""
-    from dynamoe_lab.workbench.sweep_file import load_sweep
-    from dynamoe_lab.workbench.sweep_table import read_sweep
-
-    if name.endswith(".csv"):
-        return name, fingerprint(read_sweep(name))
-    sweep = load_sweep(name)
-    sweep.resolve()
-    return _seen_from(root, Path(os.path.abspath(name))) if Path(name).suffix in (".yaml", ".yml") else name, fingerprint(asdict(sweep))
 
 
 def run_notebooks(
@@ -298,7 +291,9 @@ def _close(job: Job, saved: Path, error: RunError | None, began: str, seconds: f
     run.title, run.question = introduction(job.nb)
     run.command, run.config = job.command, without_paths(json.loads(json.dumps(job.config)), job.root)
     run.parameters, run.overrides = without_paths([job.own, job.values["overrides"]], job.root)
-    run.inputs = without_paths(job.inputs, job.root)
+    run.inputs, run.swept = without_paths([job.inputs, job.swept], job.root)
+    own_profile = Path(job.profile).suffix in (".yaml", ".yml")  # else its name says which it is
+    run.profile_path = without_paths(os.path.abspath(job.profile), job.root) if own_profile else ""
     run.status = OK if error is None else "interrupted" if error.type == INTERRUPTED else FAILED
     run.error = RunError(**without_paths(asdict(error), job.root)) if error is not None else None
     run.at = None

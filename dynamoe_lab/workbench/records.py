@@ -84,7 +84,9 @@ class RunInfo:
     peak_memory_bytes: int | None = None
     pid: int | None = None
     process_started: float | None = None  # with the pid it names the process: pids are used again
+    profile_path: str = ""  # of a profile that is a file of its own; empty: one of configs/, or not known
     inputs: dict[str, str] = field(default_factory=dict)  # local files and folders that the experiment names -> their digest
+    swept: dict[str, str] = field(default_factory=dict)  # the sweep that a parameter names, as seen from the root -> `sweep_mark`
     key: str = ""  # hash of notebook code, parameters, experiment and package code; set by the runner
     source: str = ""  # hash of the notebook's code cells alone
 

@@ -1,5 +1,6 @@
 """How a run stands today and why: what the runner would do again, and what has changed since that it would not."""
 
+import itertools
 import json
 import shlex
 from dataclasses import asdict
@@ -8,9 +9,9 @@ from typing import Any
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
-from dynamoe_lab.workbench.files import without_paths
+from dynamoe_lab.workbench.files import with_paths, without_paths
 from dynamoe_lab.workbench.fingerprint import fingerprint
-from dynamoe_lab.workbench.inputs import named_files
+from dynamoe_lab.workbench.named_files import named_files, sweep_mark
 from dynamoe_lab.workbench.provenance import changed_rooms, other_versions
 from dynamoe_lab.workbench.records import Record, effective_status, missing_files
 
@@ -43,9 +44,7 @@ def stale_because(record: Record, folder: Path, root: Path) -> list[str]:
     if source and run.source and source != run.source:
         reasons.append("notebook edited")
     if run.key:  # the runner made it: it knows all that was asked
-        reasons += _other_fields(record)
-        files = without_paths(named_files(run.config, run.parameters, root), root)
-        reasons += [f"{name} {'changed' if name in files else 'is gone'}" for name, mark in run.inputs.items() if files.get(name) != mark]
+        reasons += _other_fields(record, root) + _other_files(record, root)
     if damaged := missing_files(record, folder):
         reasons.append(f"{', '.join(damaged)} gone or changed")
     return reasons
@@ -64,22 +63,59 @@ def other_since(record: Record) -> list[str]:
     return found + [f"{', '.join(dict.fromkeys(functions))} computed {how}" for how, functions in steps.items()]
 
 
-def _other_fields(record: Record) -> list[str]:
+def _other_fields(record: Record, root: Path) -> list[str]:
     """Fields and parameters that the profile gives another value today: `train.steps was 12, is 20`."""
+    from dynamoe_lab.assets import home
     from dynamoe_lab.config import load_experiment, profiles, read_profile
 
     run = record.run
     try:
-        if run.profile not in profiles():  # a file of its own; what was in it stands in the record
+        words = shlex.split(run.command)
+        if run.profile_path:
+            profile = str(root / with_paths(run.profile_path, home()))
+            if not Path(profile).is_file():
+                return [f"its profile {run.profile_path} is gone"]
+        elif run.profile in profiles() and not _file_of_its_own(words):
+            profile = run.profile
+        else:  # a record from before paths were kept: what was in the file stands in it
             return []
-        today = json.loads(json.dumps(asdict(load_experiment(run.profile, run.overrides))))
-        asked = read_profile(run.profile)[1].get(run.name) or {}
-    except (InputError, ValueError):
+        today = json.loads(json.dumps(asdict(load_experiment(profile, with_paths(run.overrides, home())))))
+        asked = read_profile(profile)[1].get(run.name) or {}
+    except (InputError, OSError, ValueError):
         return ["its profile or overrides do not fit today's fields"]
-    typed = {word.partition("=")[0] for word in shlex.split(run.command)}
-    then, now = _flat(run.config) | run.parameters, _flat(without_paths(today))
-    now |= {name: value for name, value in without_paths(asked).items() if name != "overrides" and name not in typed}
+    typed = {word.partition("=")[0] for word in words}
+    then, now = without_paths(_flat(run.config) | run.parameters, root), _flat(without_paths(today, root))
+    now |= {name: value for name, value in without_paths(asked, root).items() if name != "overrides" and name not in typed}
     return [f"{name} was {then.get(name, 'not given')}, is {value}" for name, value in now.items() if then.get(name) != value]
+
+
+def _file_of_its_own(words: list[str]) -> bool:
+    """Whether a command names its profile by a path."""
+    return any(option == "--profile" and value.endswith((".yaml", ".yml")) for option, value in itertools.pairwise(words))
+
+
+def _other_files(record: Record, root: Path) -> list[str]:
+    """Files, folders and sweeps that were edited or are gone, by the names that the record has for them."""
+    from dynamoe_lab.assets import home
+
+    run = record.run
+    then = without_paths(run.inputs, root)  # older records have whole paths for names
+    files = without_paths(named_files(with_paths(run.config, home()), with_paths(run.parameters, home()), root), root)
+    rest = [name for name in with_paths(list(then), home()) if without_paths(name, root) not in files]
+    files |= without_paths(named_files({}, {"defaults of parameters": rest}, root), root)
+    reasons = [f"{name} {'changed' if name in files else 'is gone'}" for name, mark in then.items() if files.get(name) != mark]
+    for name, mark in run.swept.items():
+        path = with_paths(name, home())
+        try:
+            if path.endswith((".yaml", ".yml", ".csv")):
+                path = str(root / path)
+                if not Path(path).is_file():
+                    raise InputError(f"no file {name}")
+            if sweep_mark(path)[0] != mark:
+                reasons.append(f"sweep {name} changed")
+        except (InputError, OSError, ValueError):
+            reasons.append(f"sweep {name} is gone, or no sweep any more")
+    return reasons
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

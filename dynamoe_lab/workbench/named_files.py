@@ -1,6 +1,7 @@
 """The local files and folders that an experiment names, with a digest each: a text that was edited makes a run stale as a field does."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from dynamoe_lab.digests import file_digest
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench.fingerprint import fingerprint
 
-__all__ = ["named_files"]
+__all__ = ["named_files", "sweep_mark"]
 
 _READ = 1 << 28  # bytes: of larger files (weights) size and time stand for the content
 
@@ -40,6 +41,25 @@ def named_files(config: Mapping[str, Any], parameters: Mapping[str, Any], root: 
         if path and path.is_file():
             found[name] = fingerprint([_digest(source) for source in _sources(path)])
     return found
+
+
+def sweep_mark(name: str) -> tuple[str, bool]:
+    """A hash of what a sweep asks for or, of a table, holds, and whether a cell of it trusts the code that comes with a model or a task.
+
+    Args:
+        name: of `configs/sweeps`, or a path to a sweep file or to the sweep.csv of one that ran.
+
+    Raises:
+        InputError: there is no such sweep, or its cells are no experiments.
+    """
+    from dynamoe_lab.workbench.sweep_file import load_sweep
+    from dynamoe_lab.workbench.sweep_table import read_sweep
+
+    if name.endswith(".csv"):
+        return fingerprint(read_sweep(name)), False
+    sweep = load_sweep(name)
+    plans = sweep.resolve()
+    return fingerprint(asdict(sweep)), any(plan.experiment.trust_remote_code for plan in plans)
 
 
 def _texts(values: Mapping[str, Any]) -> Iterator[str]:
