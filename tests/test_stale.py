@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from test_notebook_runner import write_notebook
 
 from dynamoe_lab.workbench.files import with_paths, without_paths
 from dynamoe_lab.workbench.inventory import run_rows
+from dynamoe_lab.workbench.named_files import named_files
 from dynamoe_lab.workbench.notebooks import _up_to_date, prepare, run_notebooks, select
 from dynamoe_lab.workbench.records import load_record
 from dynamoe_lab.workbench.stale import stale_because
@@ -143,3 +145,17 @@ def test_an_edited_sweep_is_told(project):
     del content["run"]["swept"], content["run"]["profile_path"]  # as older versions wrote it
     (folder / "record.json").write_text(json.dumps(content))
     assert verdicts(project, **asked) == AGREE
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_or_a_device_is_no_input(project):
+    """It would be read for ever."""
+    os.mkfifo(project / "pipe")
+    os.mkfifo(project / "pipe.jsonl")
+    (project / "task.yaml").write_text("task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: pipe.jsonl}}\n")
+    asked = ({"model": "pipe", "data": {"train": "pipe+c4", "heldout": "/dev/zero"}}, {"text": "/dev/zero", "tasks": ["task.yaml", "pipe"]})
+    found = []
+    worker = threading.Thread(target=lambda: found.append(named_files(*asked, project)), daemon=True)
+    worker.start()
+    worker.join(20)
+    assert [list(names) for names in found] == [["task.yaml"]]

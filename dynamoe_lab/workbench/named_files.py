@@ -70,9 +70,14 @@ def _texts(values: Mapping[str, Any]) -> Iterator[str]:
 def _there(name: str, root: Path) -> Path | None:
     try:
         path = root / Path(name).expanduser()
-        return path if name.strip() and path.exists() else None
+        return path if name.strip() and _ends(path) else None
     except (OSError, ValueError, RuntimeError):  # a sentence: too long for a name, or with a NUL
         return None
+
+
+def _ends(path: Path) -> bool:
+    """Whether it is a file or a folder: a pipe or a device would never be read to its end."""
+    return path.is_file() or path.is_dir()
 
 
 def _sources(path: Path) -> list[Path]:
@@ -82,7 +87,7 @@ def _sources(path: Path) -> list[Path]:
     from dynamoe_lab.evaluation.task_sources import task_sources
 
     try:
-        return task_sources(path) or [path]
+        return [source for source in task_sources(path) if _ends(source)] or [path]
     except InputError:  # the notebook will say so
         return [path]
 
