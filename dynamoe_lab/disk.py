@@ -16,8 +16,20 @@ from pathlib import Path
 
 from dynamoe_lab.errors import InputError
 
-__all__ = ["disk_full", "hold", "is_file", "let_go", "locked", "no_space", "remove_leftovers", "told_when_full", "write_atomic"]
+__all__ = [
+    "TEMPORARY_VARIABLE",
+    "disk_full",
+    "hold",
+    "is_file",
+    "let_go",
+    "locked",
+    "no_space",
+    "remove_leftovers",
+    "told_when_full",
+    "write_atomic",
+]
 
+TEMPORARY_VARIABLE = "DYNAMOE_LAB_TEMPORARY"  # a folder that a command made for itself and its processes, wherever TMPDIR says
 _held: dict[Path, object] = {}  # lock files that `hold` keeps for this process
 
 
@@ -83,7 +95,13 @@ def disk_full(error: BaseException) -> bool:
 
 
 def no_space(folder: Path, advice: str) -> str:
-    """The line about a full disk: the folder, which need not exist, its free space where the system tells, and what to do."""
+    """The line about a full disk: the folder, which need not exist, its free space where the system tells, and what to do.
+
+    Of a folder below `$DYNAMOE_LAB_TEMPORARY` the advice is our own: no option and no variable of ours says where that lies.
+    """
+    temporary = os.environ.get(TEMPORARY_VARIABLE)
+    if temporary and Path(os.path.abspath(folder)).is_relative_to(temporary):
+        advice = "free some, or set TMPDIR to another disk"
     with suppress(OSError, StopIteration):
         existing = next(place for place in (folder, *folder.parents) if place.exists())
         advice = f"{shutil.disk_usage(existing).free / 2**20:,.0f} MB free; {advice}"

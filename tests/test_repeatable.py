@@ -1,7 +1,9 @@
 """What a rerun has to give again: a difference in the last digit is found, measured times are left out by name, and reasons are told."""
 
+import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,16 @@ import pandas as pd
 import pytest
 from test_notebook_runner import write_notebook
 from test_records import make_record
+from typer.testing import CliRunner
 
 from dynamoe_lab.config import Experiment
+from dynamoe_lab.disk import no_space
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import notebooks
 from dynamoe_lab.workbench.checking import check_runs, compare_runs, find_runs, not_promised
+from dynamoe_lab.workbench.cli import app
 from dynamoe_lab.workbench.provenance import step_use, why_unrepeatable
-from dynamoe_lab.workbench.records import Artifact, Record, Results, Scalar, StepUse, StoredFile
+from dynamoe_lab.workbench.records import Artifact, Record, Results, Scalar, StepUse, StoredFile, load_record
 from dynamoe_lab.workbench.repeatable import compare_tables, exact_digest
 from dynamoe_lab.workbench.steps import run_step
 
@@ -142,10 +147,12 @@ def rerun(project, monkeypatch):
             {"profile": json.loads(Path(profile).read_text()), "given": given, "shared": sorted(path.name for path in home.iterdir())}
         )
         calls[-1]["threads"] = os.environ.get("OMP_NUM_THREADS")
+        calls[-1]["place"] = Path(profile).relative_to(os.environ["DYNAMOE_LAB_TEMPORARY"]).as_posix()
         write_run(output / names[0], **calls[0].get("changed", {}))
         return {names[0]: "ok"}
 
     monkeypatch.setattr(notebooks, "run_notebooks", run_notebooks)
+    write_notebook(project, "02_a", [], "width: int = 3\n")
     write_run(project / "reports" / "smoke" / "02_a")
     return calls
 
@@ -157,6 +164,8 @@ def test_a_check_asks_for_what_was_recorded_and_says_equal(project, rerun, tmp_p
     assert rerun[0]["profile"] == {"seed": 3, "threads": 1}
     assert rerun[0]["given"] == ["width=4", "overrides=[]"]
     assert rerun[0]["threads"] == "1"
+    assert rerun[0]["place"] == "0/smoke.yaml"
+    assert "DYNAMOE_LAB_TEMPORARY" not in os.environ
     assert rerun[0]["shared"] == ["assets", "models", "wheels"]  # no step, nothing half-done
     assert said[-1].splitlines()[0] == "02_a  all equal, to the last digit  (seed 3, 1 thread)"
     assert "not compared, a measured time: seconds of curve" in said[-1]
@@ -229,6 +238,89 @@ def test_runs_that_cannot_be_checked_are_refused(project, tmp_path):
     with pytest.raises(InputError, match="none of these runs ended well"):
         check_runs([folder, folder], home=tmp_path, root=project, say=said.append)
     assert len(said) == 2
+
+
+def test_a_record_writes_nowhere_but_into_the_scratch(project, rerun, tmp_path):
+    """Its profile's name may be a path: of nothing that lies there anything is changed."""
+    victim = tmp_path / "victim.yaml"
+    victim.write_text("mine")
+    folder = project / "reports" / "smoke" / "02_a"
+    for name in (str(victim.with_suffix("")), "../../victim", "..", "", "a\x00b", "x" * 300):
+        record = load_record(folder)
+        record.run.profile = name
+        record.write(folder)
+        assert check_runs([folder], home=tmp_path / "home", root=project, say=lambda line: None)
+        assert re.fullmatch(r"0/[\w-]{1,60}\.yaml", rerun[-1]["place"])
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        {"config": {"seed": 3, "trust_remote_code": True}},
+        {"overrides": ["trust_remote_code=true"]},
+        {"parameters": {"width": 4, "trust_remote_code": True}},
+        {"parameters": {"sweep": "theirs.yaml"}},
+    ],
+    ids=["config", "overrides", "parameters", "sweep"],
+)
+def test_a_record_does_not_decide_whom_to_trust(project, rerun, tmp_path, asks):
+    """Nothing runs, wherever it says so; who has read the code says so in the command."""
+    write_notebook(project, "02_a", [], 'width: int = 3\nsweep: str = "importance"\n')
+    Path("theirs.yaml").write_text("axes: {dynamoe.theta: [0.8, 0.9]}\noverrides: [trust_remote_code=true]\n")
+    folder = project / "reports" / "smoke" / "02_a"
+    record = load_record(folder)
+    for name, value in asks.items():
+        setattr(record.run, name, value)
+    record.write(folder)
+    done = CliRunner().invoke(app, ["check", "smoke/02_a"])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "02_a: its record trusts Python code that comes with a model or a task" in done.stderr
+    assert not rerun
+    done = CliRunner().invoke(app, ["check", "smoke/02_a", "--trust-remote-code"])
+    assert (done.exit_code, len(rerun)) == (0, 1), done.output
+
+
+def test_a_run_that_cannot_be_repeated_is_a_difference_and_the_others_are_checked(project, rerun, tmp_path):
+    """A notebook that was renamed, a field that is gone, a record that is none: each has its line, and the last run is compared."""
+    reports = project / "reports" / "smoke"
+    write_run(reports / "01_renamed")
+    write_run(reports / "02")  # a number finds another notebook, but not the one of the record
+    write_notebook(project, "03_field", [])
+    record = write_run(reports / "03_field")
+    record.run.config["dynamoe"] = {"tetha": 0.9}
+    record.write(reports / "03_field")
+    write_run(reports / "04_broken")
+    (reports / "04_broken" / "record.json").write_text("{")
+    said = []
+    asked = {"home": tmp_path / "home", "root": project}
+    assert not check_runs(find_runs(["smoke"], project / "reports"), say=said.append, **asked)
+    told = "\n".join(said)
+    assert "no notebook '01_renamed'; did you mean" in told
+    assert "no notebook '02' in this project; it may have been renamed to 02_a" in told
+    assert re.search(r"differs  run   03_field  it cannot be repeated: .*tetha", told)
+    assert re.search(r"04_broken.record\.json: not readable as JSON", told)
+    assert "02_a  all equal, to the last digit" in told
+    assert len(rerun) == 1
+    with pytest.raises(InputError, match="no notebook '01_renamed'"):
+        check_runs([reports / "01_renamed"], **asked)
+
+
+def test_a_full_temporary_disk_is_told_with_what_moves_it(project, rerun, tmp_path, monkeypatch):
+    folder = project / "reports" / "smoke" / "02_a"
+    asked = {"home": tmp_path / "home", "root": project}
+
+    def told(*_, **__):
+        return no_space(Path(os.environ["DYNAMOE_LAB_HOME"], "steps"), "set DYNAMOE_LAB_HOME")  # as a step does, in the kernel
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, told())
+
+    monkeypatch.setattr(notebooks, "run_notebooks", full)
+    with pytest.raises(InputError, match=r"no space left in .*dynamoe-lab-check-\w+: .*free some, or set TMPDIR to another disk$") as error:
+        check_runs([folder], **asked)
+    assert str(error.value.__cause__).endswith("free some, or set TMPDIR to another disk")
+    assert no_space(tmp_path, "set DYNAMOE_LAB_HOME").endswith("set DYNAMOE_LAB_HOME")
 
 
 def test_a_notebook_that_is_run_again_gives_the_same_but_for_what_is_random(project, home, monkeypatch):

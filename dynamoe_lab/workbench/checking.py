@@ -7,18 +7,20 @@ tolerance. Where versions, processor, threads or code are others than the record
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dynamoe_lab.disk import TEMPORARY_VARIABLE, told_when_full
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.files import with_paths
 from dynamoe_lab.workbench.inventory import find_run
-from dynamoe_lab.workbench.records import RECORD_NAME, Record, StepUse, load_record, missing_files
+from dynamoe_lab.workbench.records import RECORD_NAME, Record, StepUse, load_record, missing_files, place_text
 from dynamoe_lab.workbench.repeatable import EXCEPTED_RESULTS, compare_tables, excepted_columns
 from dynamoe_lab.workbench.stale import other_since, stale_because
 from dynamoe_lab.workbench.terminal import table_text
@@ -51,22 +53,40 @@ def find_runs(names: Sequence[str], reports: Path) -> list[Path]:
     return found
 
 
-def check_runs(folders: Sequence[Path], *, home: Path, root: Path, say: Callable[[str], None] = print, keep: Path | None = None) -> bool:
+def check_runs(
+    folders: Sequence[Path],
+    *,
+    home: Path,
+    root: Path,
+    say: Callable[[str], None] = print,
+    keep: Path | None = None,
+    trust_remote_code: bool = False,
+) -> bool:
     """Run the notebooks of these runs again and say a line for everything compared; True if all of it is equal.
 
-    Of several runs those that did not end well are named and left out.
+    Of several runs those that did not end well are named and left out; one that cannot be read or repeated is a difference.
 
     Args:
         home: the cache whose assets and models are shared.
         root: of the project.
         keep: a new or empty folder for the rerun's report; None: it is removed.
+        trust_remote_code: also repeat runs that trusted the code of a model or a task. A record does not decide that: it may come from
+            anywhere, and names the code itself.
 
     Raises:
-        InputError: a record cannot be read; the run, or all of them, did not end well or lack files; `keep` is not empty.
+        InputError: the one record cannot be read, or its run not be repeated; the run, or all of them, did not end well or lack files;
+            `keep` is not empty; no space left.
     """
-    runs = []
+    runs, wrong = [], 0
     for folder in folders:
-        record = load_record(folder)
+        try:
+            record = load_record(folder)
+        except InputError as error:
+            if len(folders) == 1:
+                raise
+            say(str(error))
+            wrong += 1
+            continue
         reason = _ENDED.get(record.run.status, "did not end well") if record.run.status != "ok" else ""
         if damaged := missing_files(record, folder):
             reason = reason or f"ran, and {', '.join(damaged)} is gone or changed since"
@@ -81,15 +101,21 @@ def check_runs(folders: Sequence[Path], *, home: Path, root: Path, say: Callable
         raise InputError("none of these runs ended well; run them again first")
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise InputError(f"--keep {keep}: not empty; give a new folder")
-    wrong = 0
-    with tempfile.TemporaryDirectory(prefix="dynamoe-lab-check-") as scratch:
-        fresh, report = _fresh_home(home, Path(scratch, "home")), keep or Path(scratch, "report")
-        for number, (folder, record) in enumerate(runs):
-            for note in not_promised(record, folder, root):
-                say(f"{record.run.name}  {note}: equality is not promised")
-            compared = _again(record, folder, fresh, report, Path(scratch, str(number)), home)
-            wrong += sum(not entry.equal for entry in compared)
-            say(_told(record, compared))
+    with tempfile.TemporaryDirectory(prefix="dynamoe-lab-check-") as name, _variables(**{TEMPORARY_VARIABLE: name}):
+        scratch = Path(name)
+        with told_when_full(scratch, ""):
+            fresh, report = _fresh_home(home, scratch / "home"), keep or scratch / "report"
+            for number, (folder, record) in enumerate(runs):
+                for note in not_promised(record, folder, root):
+                    say(f"{record.run.name}  {note}: equality is not promised")
+                try:
+                    compared = _again(record, folder, fresh, report, scratch / str(number), home, trust_remote_code)
+                except InputError as error:
+                    if len(folders) == 1:
+                        raise
+                    compared = [Comparison("run", record.run.name, False, f"it cannot be repeated: {error}")]
+                wrong += sum(not entry.equal for entry in compared)
+                say(_told(record, compared))
     return not wrong
 
 
@@ -118,21 +144,37 @@ def _fresh_home(home: Path, folder: Path) -> Path:
     return folder
 
 
-def _again(record: Record, folder: Path, fresh: Path, report: Path, scratch: Path, home: Path) -> list[Comparison]:
-    from dynamoe_lab.workbench.notebooks import OK, run_notebooks
+def _again(record: Record, folder: Path, fresh: Path, report: Path, scratch: Path, home: Path, trust_remote_code: bool) -> list[Comparison]:
+    from dynamoe_lab.workbench.notebooks import OK, prepare, run_notebooks, select
 
     run, threads = record.run, record.env.threads
-    profile = scratch / f"{run.profile}.yaml"  # the experiment as it was, whatever the profile holds today
+    (notebook,) = select([run.name])
+    if notebook.stem != run.name:
+        raise InputError(f"no notebook {run.name!r} in this project; it may have been renamed to {notebook.stem}")
     scratch.mkdir()
+    profile = scratch / f"{_file_name(run.profile)}.yaml"  # the experiment as it was, whatever the profile holds today
     config = with_paths({**run.config, "threads": threads}, home)
-    profile.write_text(json.dumps({name: value for name, value in config.items() if name != "profile"}), encoding="utf-8")
+    profile.write_text(json.dumps({name: value for name, value in config.items() if name not in ("profile", "notebooks")}), "utf-8")
     given = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in with_paths(run.parameters, home).items()]
     given.append(f"overrides={json.dumps(with_paths(run.overrides, home))}")
+    asked = {"profile": str(profile), "given": given, "output": report}
     with _variables(DYNAMOE_LAB_HOME=str(fresh), OMP_NUM_THREADS=str(threads) if threads else None):
-        statuses = run_notebooks([run.name], profile=str(profile), given=given, output=report)
+        if not trust_remote_code and any(job.trusts for job in prepare([notebook], **asked)):
+            raise InputError(
+                f"{run.name}: its record trusts Python code that comes with a model or a task (trust_remote_code); read that code, then "
+                "give --trust-remote-code to run it"
+            )
+        statuses = run_notebooks([run.name], **asked)
     if statuses[run.name] != OK:
-        return [Comparison("run", run.name, False, f"the rerun ended as {statuses[run.name]}")]
+        error = load_record(report / run.name).run.error
+        reason = f": {error.type}{place_text(error)}: {error.message}" if error is not None else ""
+        return [Comparison("run", run.name, False, f"the rerun ended as {statuses[run.name]}{reason}")]
     return compare_runs(folder, report / run.name)
+
+
+def _file_name(profile: str) -> str:
+    """A profile's name as that of a file beside us: in a record from elsewhere it may be a path to anywhere."""
+    return re.sub(r"[^\w.-]+", "-", profile).strip(".-")[:60] or "profile"
 
 
 @contextmanager

@@ -42,6 +42,13 @@ _debug = False
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
+_KEPT = (  # what an interrupt leaves, and what it does not
+    "finished steps and notebooks are kept, training goes on from its last checkpoint (one every train.save_steps steps): give the same "
+    "command again"
+)
+_INTERRUPTED = {"check": "a check keeps nothing that it computed: the same command starts over (--keep: with a new folder)"}
+
+
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, also of bad input.")] = False) -> None:
     """Options of all commands."""
@@ -65,11 +72,7 @@ def _answering(command: Callable) -> Callable:
         try:
             code = command(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
-            typer.echo(
-                "dynamoe-lab: interrupted; finished steps and notebooks are kept, training goes on from its last checkpoint (one every "
-                "train.save_steps steps): give the same command again",
-                err=True,
-            )
+            typer.echo(f"dynamoe-lab: interrupted; {_INTERRUPTED.get(command.__name__, _KEPT)}", err=True)
             code = 143 if isinstance(interrupt, _Terminated) else 130
         except (InputError, OSError) as error:
             refused = not isinstance(error, InputError) and error.errno in _REFUSED
@@ -298,6 +301,9 @@ def show(run: Annotated[str, typer.Argument(help="quick/04, or the path of a run
 def check(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="quick/04, the path of a run's folder, or a report: all its runs.")],
     keep: Annotated[Path | None, typer.Option(help="Keep the rerun's report in this new folder.", show_default="removed")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Also repeat runs that trusted the code of a model or a task: read it first.")
+    ] = False,
 ) -> int:
     """Run notebooks again from nothing, with their recorded settings, and compare every table, number and weight to the last digit."""
     from dynamoe_lab.assets import home
@@ -306,7 +312,8 @@ def check(
 
     root = project_root()
     folders = checking.find_runs(runs, root / "reports")
-    return int(not checking.check_runs(folders, home=home(), root=root, say=typer.echo, keep=keep))
+    equal = checking.check_runs(folders, home=home(), root=root, say=typer.echo, keep=keep, trust_remote_code=trust_remote_code)
+    return int(not equal)
 
 
 _cache = typer.Typer(
