@@ -8,8 +8,11 @@ import errno
 import functools
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import threading
+import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from conftest import interrupt
 from typer.testing import CliRunner
 
 import dynamoe_lab as lab
@@ -370,7 +374,7 @@ def test_leftovers_do_not_occupy_a_folder(tmp_path):
 
 
 def test_a_polite_signal_is_an_interrupt(monkeypatch):
-    """SIGTERM: the record and the exit code say so; what Ctrl-C does to a run is tried in test_notebook_runner.py."""
+    """SIGTERM: the record and the exit code say so; what it does to a run is tried below."""
 
     def terminated(*_, **__):
         cli._terminated(15, None)
@@ -379,3 +383,44 @@ def test_a_polite_signal_is_an_interrupt(monkeypatch):
     result = CliRunner().invoke(cli.app, ["report", "somewhere"])
     assert result.exit_code == 143
     assert "give the same command again" in result.output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_ends_as_the_signal_says(project, number, code):
+    """A batch system tells a command that it ended itself from one that a person stopped; the record says interrupted in any case."""
+    from test_notebook_runner import write_notebook
+
+    write_notebook(project, "01_waits", ["## Wait", "import time\nprint('here', flush=True)\ntime.sleep(60)"])
+    words = [sys.executable, "-m", "dynamoe_lab", "run", "01", "--profile", "smoke"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    log = project / "reports" / "smoke" / "01_waits" / "run.log"
+    until = time.monotonic() + 120
+    while not (log.is_file() and "here" in log.read_text()) and time.monotonic() < until:
+        time.sleep(0.1)
+    _, told = interrupt(process, number)
+    assert process.returncode == code, told
+    assert told.splitlines()[-1].startswith("dynamoe-lab: interrupted; finished steps and notebooks are kept")
+    assert load_record(log.parent).run.status == "interrupted"
+
+
+def test_a_check_that_is_stopped_does_not_claim_to_go_on(project):
+    """Nothing of it is kept, so nothing is promised."""
+    from test_notebook_runner import write_notebook
+
+    write_notebook(
+        project, "01_waits", ["import time\nfrom pathlib import Path\nPath('began').touch()\ntime.sleep(60 * Path('wait').exists())"]
+    )
+    assert run_notebook(prepare([project / "notebooks" / "01_waits.ipynb"], profile="smoke")[0]) == "ok"
+    Path("began").rename("wait")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    words = [sys.executable, "-m", "dynamoe_lab", "check", "smoke/01"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    until = time.monotonic() + 120
+    while not Path("began").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    _, told = interrupt(process, signal.SIGTERM)
+    assert process.returncode == 143, told
+    assert told.splitlines()[-1].startswith(
+        "dynamoe-lab: interrupted; a check keeps nothing that it computed: the same command starts over"
+    )

@@ -27,11 +27,19 @@ from dynamoe_lab.workbench.runlog import RunLog
 from dynamoe_lab.workbench.steps import RECOMPUTE_VARIABLE
 from dynamoe_lab.workbench.terminal import seconds_text
 
-__all__ = ["INTERRUPTED", "Heartbeat", "execute"]
+__all__ = ["INTERRUPTED", "Heartbeat", "Interruption", "execute"]
 
 INTERRUPTED = "Interrupted"
 _ENGINE = "dynamoe-lab"
 _INJECTED = "injected-parameters"
+
+
+class Interruption(RunError):
+    """How a run that was stopped ended, with the exception that stopped it, which says by what: Ctrl-C, or a signal to terminate."""
+
+    def __init__(self, stop: KeyboardInterrupt):
+        super().__init__(INTERRUPTED, "stopped by Ctrl-C or a signal; the same command goes on")
+        self.stop = stop
 
 
 @dataclass
@@ -218,7 +226,7 @@ def execute(
 ) -> RunError | None:
     """Run a notebook in a fresh kernel and save it, with what it printed, to `saved` as it goes; `log` hears all of it.
 
-    Returns None if every cell ran, else what went wrong and where; of type INTERRUPTED if Ctrl-C or a signal stopped it, and its kernel.
+    Returns None if every cell ran, else what went wrong and where; an `Interruption` if Ctrl-C or a signal stopped it, and its kernel.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -248,8 +256,8 @@ def execute(
         return _located(heartbeat, RunError(error.ename, message, traceback=lines[-40:]))
     except DeadKernelError:
         return _located(heartbeat, RunError("DeadKernel", "the kernel died (out of memory?)"))
-    except KeyboardInterrupt:
-        return _located(heartbeat, RunError(INTERRUPTED, "stopped by Ctrl-C or a signal; the same command goes on"))
+    except KeyboardInterrupt as stop:
+        return _located(heartbeat, Interruption(stop))
     except Exception as error:
         if disk_full(error):  # papermill saves as it goes
             return _located(heartbeat, RunError("InputError", no_space(saved.parent, "free some, or choose another --output")))

@@ -223,12 +223,12 @@ def run_notebooks(
 def run_notebook(job: Job, *, force: bool = False, recompute: bool = False, every: float = 15.0) -> str:
     """Run one prepared notebook, or skip it if it is up to date; returns its status.
 
-    Raises `InputError` if a cell did; KeyboardInterrupt after the kernel is shut down and the record says interrupted.
+    Raises `InputError` if a cell did; the KeyboardInterrupt that stopped it after the kernel is shut down and the record says interrupted.
     """
     if not force and _up_to_date(job):
         print(f"{job.name}  {UP_TO_DATE}", flush=True)
         return UP_TO_DATE
-    from dynamoe_lab.workbench.kernel import INTERRUPTED, execute
+    from dynamoe_lab.workbench.kernel import Interruption, execute
 
     began, clock = now(), time.perf_counter()
     lock, told = notebook_lock(job.folder, job.root)
@@ -245,8 +245,8 @@ def run_notebook(job: Job, *, force: bool = False, recompute: bool = False, ever
             error = execute(job.nb, saved, name=job.name, parameters=job.values, cwd=job.root, every=every, recompute=recompute, log=log)
             record = _close(job, saved, error, began, time.perf_counter() - clock)
             log.line("\n".join(_ending(record)))
-    if error is not None and error.type == INTERRUPTED:
-        raise KeyboardInterrupt
+    if isinstance(error, Interruption):
+        raise error.stop
     error = record.run.error
     if error is None:
         print(_ending(record)[0], flush=True)
