@@ -64,6 +64,7 @@ def write_run(report: Path, name: str, *, caption: str = "A caption.", status: s
             tables=[Artifact("summary", caption, [StoredFile.of(folder / "summary.csv")])],
             findings=[Finding(f"It works. {caption}", "usage")],
             steps=[StepUse("train", "a" * 32, True, 486.0, True)],
+            notebook=[StoredFile.of(folder / "notebook.html")],
         ),
         Environment(commit="c0ffee" * 4, dirty=True, code="d" * 32, python="3.11.7", packages={"torch": "2.13.0"}, seeds={"train": 0}),
     )
@@ -272,6 +273,18 @@ def test_files_that_are_gone_are_told(report):
     assert len(page.images) == 1
     assert "Gone or changed since the run: usage.png." in page.text
     assert "Gone or changed since the run: summary.csv." in page.text
+
+
+def test_only_the_executed_notebook_of_this_run_is_linked(report):
+    """What a runner left is not that of a later run in JupyterLab, which keeps none; nor is one that was changed since."""
+    pages = lambda: [link for link in Page(build_report(report).read_text()).links if link.endswith("notebook.html")]  # noqa: E731
+    assert pages() == ["02_difficulty/notebook.html", "04_router_confusion/notebook.html"]
+    record = load_record(report / "02_difficulty")
+    record.results.notebook = []
+    record.write(report / "02_difficulty")
+    assert pages() == ["04_router_confusion/notebook.html"]
+    (report / "04_router_confusion" / "notebook.html").write_text("<p>another")
+    assert pages() == []
 
 
 def test_long_tables_are_cut(report):

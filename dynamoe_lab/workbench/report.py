@@ -65,7 +65,7 @@ class _Section:
     tables: list[_Item]
     texts: list[_Item]
     findings: list[Finding]  # those that do not open the page
-    page: str  # the executed notebook, if it is there
+    page: str  # the executed notebook, if it is there and of this run
 
 
 def build_report(folder: str | Path, *, expected: Sequence[str] | None = None) -> Path:
@@ -127,7 +127,7 @@ def _project_notebooks(folder: Path) -> list[str]:
 
 def _section(record: Record, folder: Path) -> _Section:
     name = record.run.name
-    page = f"{name}/notebook.html" if (folder / name / "notebook.html").is_file() else ""
+    pages = [entry.name for entry in record.results.notebook if entry.name == "notebook.html" and _is_there(entry, folder / name)]
     return _Section(
         name=name,
         title=record.run.title or name,
@@ -137,7 +137,7 @@ def _section(record: Record, folder: Path) -> _Section:
         tables=[_item(artifact, folder, name) for artifact in record.results.tables],
         texts=[_item(artifact, folder, name) for artifact in record.results.fragments],
         findings=[finding for finding in record.results.findings if not finding.headline],
-        page=page,
+        page=f"{name}/{pages[0]}" if pages else "",
     )
 
 
