@@ -27,7 +27,7 @@ def labels_at(similarity: pd.DataFrame, theta: float) -> np.ndarray:
         [rows] int8, 0 to E-1.
 
     Raises:
-        InputError: no column similarity_0, one in between is missing, or theta is no cosine.
+        InputError: no column similarity_0, one in between is missing, or theta is not from -1 to 1.
 
     Example:
         >>> similarity = pd.DataFrame({"similarity_0": [0.95, 0.80, 0.50], "similarity_1": [0.99, 0.92, 0.60]})
@@ -56,7 +56,7 @@ def label_shares(similarity: pd.DataFrame, thetas: Sequence[float], *, fractions
         layer.
 
     Raises:
-        InputError: a column is missing, the frame holds several runs, `fractions` are not E, or a theta is no cosine.
+        InputError: a column is missing, the frame holds several runs, `fractions` are not E, or a theta is not from -1 to 1.
 
     Example:
         >>> similarity = pd.DataFrame({"run": "a", "domain": "web", "position": [1, 2, 3, 4], "layer": 0})
