@@ -4,7 +4,7 @@ Everything that a user can correct (a wrong name, an impossible number, a missin
 its message without a traceback and exits with code 2. Any other exception is a defect of ours or of the machine and keeps its traceback.
 """
 
-__all__ = ["InputError", "first_line"]
+__all__ = ["InputError", "first_line", "printable"]
 
 _LONGEST = 1_200  # characters: what was typed may be of any length, and the remedy stands at the end
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)  # kinds whose messages are sentences
@@ -23,11 +23,21 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        line = " ".join(str(message).split())
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        line = printable(" ".join(str(message).split()))
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST * 2 // 3]} [...] {line[-_LONGEST // 3 :]}"
         super().__init__(line)
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""A text for a terminal: characters that it would obey stand as their codes, but those in `keep`.
+
+    >>> from dynamoe_lab.errors import printable
+    >>> print(printable("\x1b[2Jgone\nbut the line", keep="\n"))
+    \x1b[2Jgone
+    but the line
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:

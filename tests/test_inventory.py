@@ -246,9 +246,29 @@ def test_a_run_that_failed_is_shown_with_the_end_of_its_log(reports, project):
         show_run(reports / "smoke" / "06_pareto", project)
 
 
+def test_a_record_does_not_reach_the_terminals_controls(project):
+    """It may come from anywhere, and holds what a cell raised: neither `show` nor `ls` clears a screen or retitles a window."""
+    bad = "\x1b[2J\x1b]0;title\x07\u202e\x9b1m"
+    folder = project / "reports" / "quick" / "04_router_confusion"
+    folder.mkdir(parents=True)
+    error = RunError(bad, f"too hot{bad}\nby far", 3, bad, [f"line 1\t{bad}", "line 2"])
+    record = make_record("04_router_confusion", status="failed", error=error, title=bad, question=bad, command=bad, finished="yesterday")
+    record.results.findings[0].sentence = record.results.tables[0].caption = record.results.scalars[0].unit = bad
+    record.env.cpu = record.env.model = record.results.steps[0].function = bad
+    record.write(folder)
+    (folder / "run.log").write_text(f"a{bad}b\n")
+    for text in (show_run(folder, project), list_runs(project / "reports", project)):
+        assert all(character.isprintable() or character == "\n" for character in text)
+        assert "\\x1b[2J" in text
+    assert "\nby far\nline 1  " in show_run(folder, project)
+    assert "finished     yesterday" in show_run(folder, project).splitlines()
+    assert run_facts(folder, project)["run"]["error"]["message"] == error.message, "for machines it is what it was"
+
+
 def test_columns_are_aligned():
     text = table_text(("name", "n"), [("a", "1"), ("longer", "1,000")], right=("n",))
     assert text.splitlines() == ["name        n", "a           1", "longer  1,000"]
+    assert table_text(("name", "text"), [("a\nb", "\x1b[1m")]).splitlines()[1] == "a\\nb  \\x1b[1m"
     assert table_text(("name", "text"), [("a", "b" * 30)], width=20).splitlines()[1] == f"a     {'b' * 11}..."
 
 

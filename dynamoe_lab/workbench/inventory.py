@@ -1,6 +1,7 @@
 """`dynamoe-lab ls` and `ls --steps`: what was run and what is kept, how it stands and why. Reads records; computes nothing.
 
-Every list is rows first (`run_rows`, `step_rows`: plain values, for `--json`), then text in columns that fit 100 characters.
+Every list is rows first (`run_rows`: plain values, for `--json`; `step_rows`: entries of the cache, which `housekeeping` makes plain), then
+text in columns that fit 100 characters.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from dynamoe_lab.workbench.records import RECORD_NAME, load_record
 from dynamoe_lab.workbench.stale import other_since, standing
 from dynamoe_lab.workbench.terminal import WIDTH, age_text, duration_text, size_text, table_text
 
-__all__ = ["find_run", "list_runs", "list_steps", "run_rows", "step_rows"]
+__all__ = ["find_run", "list_runs", "list_steps", "run_rows", "seconds_since", "step_rows"]
 
 
 # --- runs --------------------------------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def _run_row(folder: Path, root: Path) -> dict[str, Any]:
         state=state,
         why=reasons + other_since(record),
         finished=run.finished,
-        age=_seconds_since(when),
+        age=seconds_since(when),
         seconds=run.seconds,
         peak_memory_bytes=run.peak_memory_bytes,
     )
@@ -75,10 +76,11 @@ def _sweep_row(place: Path) -> dict[str, Any]:
             why.append(f"code of {', '.join(rooms)} changed" if rooms else "code changed")
     except (InputError, KeyError, TypeError, AttributeError, ValueError, OverflowError):
         return _row(place.parent, why=["sweep.json is no record; run the sweep again"])
-    return _row(place.parent, state=state, why=why, finished=when, age=_seconds_since(when), seconds=seconds)
+    return _row(place.parent, state=state, why=why, finished=when, age=seconds_since(when), seconds=seconds)
 
 
-def _seconds_since(when: str) -> float | None:
+def seconds_since(when: str) -> float | None:
+    """Seconds since a time as records have it (ISO 8601, UTC), never less than none; None if it is no such time."""
     try:
         return max((datetime.now(UTC) - datetime.fromisoformat(when)).total_seconds(), 0.0)
     except (ValueError, TypeError):

@@ -1,15 +1,15 @@
 """`dynamoe-lab show RUN`: one run for reading: how it stands and why, what it found, its numbers, files, steps and log."""
 
 import textwrap
-import time
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dynamoe_lab.errors import printable
 from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench.cache import size_on_disk
 from dynamoe_lab.workbench.files import without_paths
+from dynamoe_lab.workbench.inventory import seconds_since
 from dynamoe_lab.workbench.records import Record, StepUse, load_record, place_text
 from dynamoe_lab.workbench.runlog import LOG_NAME, log_tail
 from dynamoe_lab.workbench.stale import other_since, standing
@@ -31,6 +31,8 @@ def run_facts(folder: Path, root: Path) -> dict[str, Any]:
 def show_run(folder: Path, root: Path) -> str:
     """A record for reading; of a run that failed, was interrupted or is running also the end of its log. `InputError` if it is unreadable.
 
+    What a terminal would obey in it stands as codes, for a record holds what a cell raised, and may come from anywhere.
+
     Args:
         root: of the project, whose code, notebooks and profiles are today's.
     """
@@ -49,13 +51,13 @@ def show_run(folder: Path, root: Path) -> str:
         lines = [f"{'*' if finding.headline else '-'} {finding.sentence} [{finding.source}]" for finding in results.findings]
         parts.append("\n".join(["findings", *(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)]))
     parts += [text for text in (_numbers(record), _files(record), _steps(record)) if text]
-    return "\n\n".join(parts)
+    return printable("\n\n".join(parts).expandtabs(4), keep="\n\u00a0")
 
 
 def _facts(record: Record, folder: Path, state: str, why: list[str]) -> list[tuple[str, str]]:
     run, env = record.run, record.env
     when = run.finished or run.started
-    ago = f", {age_text(time.time() - datetime.fromisoformat(when).timestamp())} ago" if when else ""
+    age = age_text(seconds_since(when))
     log = folder / LOG_NAME
     threads = plural(env.threads, "thread") if env.threads else ""
     again = (
@@ -71,7 +73,7 @@ def _facts(record: Record, folder: Path, state: str, why: list[str]) -> list[tup
         ("question", run.question),
         ("profile", run.profile),
         ("command", run.command),
-        ("finished" if run.finished else "started", f"{when}{ago}" if when else ""),
+        ("finished" if run.finished else "started", f"{when}, {age} ago" if age else when),
         ("time", duration_text(run.seconds)),
         ("peak memory", size_text(run.peak_memory_bytes)),
         ("on disk", size_text(size_on_disk(folder))),

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dynamoe_lab.errors import printable
+
 __all__ = ["WIDTH", "age_text", "duration_text", "millions_text", "number_text", "seconds_text", "size_text", "table_text"]
 
 WIDTH = 100  # characters of a line
@@ -11,8 +13,10 @@ WIDTH = 100  # characters of a line
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), width: int | None = None) -> str:
     """Columns of text under their names, those named in `right` aligned to the right; no line ends in spaces.
 
+    What a terminal would obey, an end of a line among it, stands in a cell as its code.
     `width`: the longest line; what the last column has beyond it is left out and says so with dots.
     """
+    rows = [[printable(text, keep="\u00a0") for text in row] for row in rows]
     widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
     sides = [str.rjust if name in right else str.ljust for name in header]
     lines = ["  ".join(side(text, width) for side, text, width in zip(sides, row, widths, strict=True)) for row in [header, *rows]]
