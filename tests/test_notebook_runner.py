@@ -19,7 +19,8 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import notebooks
 from dynamoe_lab.workbench.export import introduction, notebook_html, tidied
 from dynamoe_lab.workbench.notebooks import prepare, run_notebook, run_notebooks, select
-from dynamoe_lab.workbench.records import RunError, effective_status, load_record, place_text
+from dynamoe_lab.workbench.records import RunError, StepUse, effective_status, load_record, place_text
+from dynamoe_lab.workbench.report import build_report
 
 CHECKOUT = Path(__file__).parents[1]
 PARAMETERS = 'profile: str = "smoke"  # a profile\noverrides: list = []\noutput: str = ""\n'
@@ -317,6 +318,28 @@ def test_a_full_disk_still_says_how_a_notebook_ended(project, monkeypatch, capsy
     run = load_record(job.folder).run
     assert (run.status, run.error.message.startswith("no space left in ./reports/smoke/01_a")) == ("failed", True)
     assert not list(job.folder.glob("*notebook*")) + list(job.folder.glob(".running*"))
+
+
+def test_steps_of_other_code_are_told_at_the_end(project, monkeypatch, capsys):
+    import dynamoe_lab as lab
+    from dynamoe_lab.workbench import handover, kernel
+
+    path = write_notebook(project, "01_a", ["print(1)"])
+    uses = [StepUse("train", "a" * 32, True, 1.0, True, ["models"]), StepUse("calibrate", "b" * 32, True, 1.0, False)]
+
+    def ends_well(nb, saved, **_):
+        saved.write_text(nbformat.writes(nb))
+        run = lab.start("01_a", profile="smoke", output="reports/smoke")
+        run.record.results.steps = uses
+        run.finish()
+
+    monkeypatch.setenv(handover.RUNNER_VARIABLE, "01_a")
+    monkeypatch.setattr(kernel, "execute", ends_well)
+    (job,) = prepare([path], profile="smoke")
+    assert run_notebook(job) == "ok"
+    assert capsys.readouterr().out.splitlines()[-1] == "01_a  train computed by other code (models); --recompute computes them anew"
+    assert "--recompute" in (job.folder / "run.log").read_text()
+    assert "computed by other code" in build_report(job.folder.parent).read_text()
 
 
 # --- with kernels ------------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ from dynamoe_lab.workbench.records import (
 )
 from dynamoe_lab.workbench.runlog import RunLog
 from dynamoe_lab.workbench.session import run_command
+from dynamoe_lab.workbench.stale import stale_steps
 from dynamoe_lab.workbench.terminal import seconds_text
 
 __all__ = ["Job", "discover", "notebook_number", "prepare", "report_folder", "run_notebook", "run_notebooks", "select"]
@@ -249,7 +250,7 @@ def run_notebook(job: Job, *, force: bool = False, recompute: bool = False, ever
         raise error.stop
     error = record.run.error
     if error is None:
-        print(_ending(record)[0], flush=True)
+        print("\n".join(_ending(record)), flush=True)
         return OK
     if error.type == "InputError":
         told = InputError(f"{job.name}: {error.message}")
@@ -262,10 +263,14 @@ def run_notebook(job: Job, *, force: bool = False, recompute: bool = False, ever
 
 
 def _ending(record: Record) -> list[str]:
-    """How a run ended: one line, and those of the traceback."""
+    """How a run ended: one line, and one more about steps of other code, or those of the traceback."""
     run, error = record.run, record.run.error
     if error is None:
-        return [f"{run.name}  {run.status}  {seconds_text(run.seconds or 0)}"]
+        told = "; ".join(stale_steps(record))
+        return [
+            f"{run.name}  {run.status}  {seconds_text(run.seconds or 0)}",
+            *([f"{run.name}  {told}; --recompute computes them anew"] if told else []),
+        ]
     return [f"{run.name}  {run.status}{place_text(error)}: {error.type}: {error.message}", *(f"    {line}" for line in error.traceback)]
 
 

@@ -15,7 +15,7 @@ from dynamoe_lab.workbench.named_files import named_files, sweep_mark
 from dynamoe_lab.workbench.provenance import changed_rooms, other_versions
 from dynamoe_lab.workbench.records import Record, effective_status, missing_files
 
-__all__ = ["other_since", "stale_because", "standing"]
+__all__ = ["other_since", "stale_because", "stale_steps", "standing"]
 
 
 def standing(record: Record, folder: Path, root: Path) -> tuple[str, list[str]]:
@@ -55,12 +55,17 @@ def other_since(record: Record) -> list[str]:
     found = [f"made with {text}" for text in other_versions(record.env.packages, environment.versions())]
     if record.env.cpu and record.env.cpu != environment.cpu_name():
         found.append(f"made on {record.env.cpu}, this is {environment.cpu_name()}")
+    return found + stale_steps(record)
+
+
+def stale_steps(record: Record) -> list[str]:
+    """Which of a run's steps other code had computed: `train, calibrate computed by other code (models)`."""
     steps: dict[str, list[str]] = {}
     for use in record.results.steps:
         if use.stale:
             rooms = ", ".join(use.stale_rooms)
             steps.setdefault(f"by other code ({rooms})" if rooms else "by other code", []).append(use.function)
-    return found + [f"{', '.join(dict.fromkeys(functions))} computed {how}" for how, functions in steps.items()]
+    return [f"{', '.join(dict.fromkeys(functions))} computed {how}" for how, functions in steps.items()]
 
 
 def _other_fields(record: Record, root: Path) -> list[str]:
