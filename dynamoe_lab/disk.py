@@ -1,7 +1,8 @@
 """What a disk can do to us: a writer is killed halfway, another process is at work, there is no space left.
 
 `write_atomic` leaves the old file or the new one, `locked` lets one process in and says whom the others wait for, `told_when_full` says
-in one line which folder is full. Notable: nothing here imports more than the standard library until it is called.
+in one line which folder is full, `unreadable` tells a file that the machine could not read now from one that is damaged. Notable: nothing
+here imports more than the standard library until it is called.
 """
 
 import errno
@@ -19,6 +20,7 @@ from dynamoe_lab.errors import InputError
 __all__ = [
     "TEMPORARY_VARIABLE",
     "disk_full",
+    "full_place",
     "hold",
     "is_file",
     "let_go",
@@ -26,9 +28,12 @@ __all__ = [
     "no_space",
     "remove_leftovers",
     "told_when_full",
+    "unreadable",
     "write_atomic",
 ]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # what lies there is not what was written
 TEMPORARY_VARIABLE = "DYNAMOE_LAB_TEMPORARY"  # a folder that a command made for itself and its processes, wherever TMPDIR says
 _held: dict[Path, object] = {}  # lock files that `hold` keeps for this process
 
@@ -70,6 +75,23 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
             path.unlink(missing_ok=True)
 
 
+# --- reading -----------------------------------------------------------------------------------------------------------------------
+
+
+def unreadable(error: BaseException) -> bool:
+    """Whether an error, or the one that it was raised from, is the machine's: it says nothing about the file that was to be read.
+
+    Too many open files, no permission, a failing device: next time the file may be read. One that is missing, or that a library could
+    not make sense of, is damaged.
+
+    >>> from dynamoe_lab.disk import unreadable
+    >>> unreadable(OSError(24, "Too many open files")), unreadable(FileNotFoundError(2, "No such file")), unreadable(OSError("no parquet"))
+    (True, False, False)
+    """
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and cause.errno not in (None, *_DAMAGE)
+
+
 # --- a full disk -------------------------------------------------------------------------------------------------------------------
 
 
@@ -82,16 +104,37 @@ def disk_full(error: BaseException) -> bool:
     >>> disk_full(PermissionError(13, "Permission denied"))
     False
     """
+    for link in _chain(error):
+        if isinstance(link, OSError) and link.errno in _FULL:
+            return True
+        if "no space left on device" in str(link).lower():  # safetensors, torch and pip say it in words of their own
+            return True
+    return False
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and those that caused it."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         seen.add(id(link))
-        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "no space left on device" in str(link).lower():  # safetensors, torch and pip say it in words of their own
-            return True
+        yield link
         link = link.__cause__ or link.__context__
-    return False
+
+
+def full_place(error: BaseException, folder: Path) -> Path:
+    """The folder whose disk is full: that of the file that the error names, if it lies on another disk than `folder`; else `folder`."""
+    for link in _chain(error):
+        if isinstance(link, OSError) and link.errno in _FULL and isinstance(link.filename, (str, bytes, os.PathLike)):
+            with suppress(OSError, ValueError, StopIteration):
+                named, home = (_existing(place.absolute()) for place in (Path(os.fsdecode(link.filename)), folder))
+                if named.stat().st_dev != home.stat().st_dev:
+                    return named if named.is_dir() else named.parent
+    return folder
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def no_space(folder: Path, advice: str) -> str:
@@ -103,20 +146,23 @@ def no_space(folder: Path, advice: str) -> str:
     if temporary and Path(os.path.abspath(folder)).is_relative_to(temporary):
         advice = "free some, or set TMPDIR to another disk"
     with suppress(OSError, StopIteration):
-        existing = next(place for place in (folder, *folder.parents) if place.exists())
-        advice = f"{shutil.disk_usage(existing).free / 2**20:,.0f} MB free; {advice}"
+        advice = f"{shutil.disk_usage(_existing(folder)).free / 2**20:,.0f} MB free; {advice}"
     return f"no space left in {folder}: {advice}"
 
 
 @contextmanager
 def told_when_full(folder: Path, advice: str) -> Iterator[None]:
-    """Turn "no space left" inside the block into an `InputError` that names the folder and its free space."""
+    """Turn "no space left" inside the block into an `InputError` that names the folder and its free space.
+
+    Where the error names a file on another disk, the line is about that one, and `advice`, which is for `folder`, is left out.
+    """
     try:
         yield
     except Exception as error:
         if isinstance(error, InputError) or not disk_full(error):
             raise
-        raise InputError(no_space(folder, advice)) from error
+        place = full_place(error, folder)
+        raise InputError(no_space(place, advice if place == folder else "free some there")) from error
 
 
 # --- several processes -------------------------------------------------------------------------------------------------------------
@@ -137,10 +183,16 @@ def locked(path: Path, *, waits_for: str = "", refuses: str = "") -> Iterator[No
         lock.release()
 
 
-def hold(path: Path, *, refuses: str) -> None:
-    """Take the lock file `path` until `let_go` or the end of this process; as often as one likes. Refuses as `locked` does."""
-    if path.absolute() not in _held:
-        _held[path.absolute()] = _acquire(path, "", refuses)
+def hold(path: Path, *, refuses: str) -> bool:
+    """Take the lock file `path` until `let_go` or the end of this process; as often as one likes. Refuses as `locked` does.
+
+    Returns:
+        Whether it was taken now; False: this process has it already.
+    """
+    if path.absolute() in _held:
+        return False
+    _held[path.absolute()] = _acquire(path, "", refuses)
+    return True
 
 
 def let_go(path: Path) -> None:

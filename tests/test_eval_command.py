@@ -1,5 +1,6 @@
 """`dynamoe-lab eval` and `compare`: task by task into a folder, resumed, compared, and one line for every mistake."""
 
+import errno
 import json
 import os
 import subprocess
@@ -157,6 +158,30 @@ class TestEval:
         for name in ("scores", "documents"):
             assert set(pd.read_parquet(own / "scores" / f"{name}.parquet")["task"]) == {"piqa", "sciq", "winogrande"}
         assert set(json.loads((own / "scores" / "eval.json").read_text())["tasks"]) == {"piqa", "sciq", "winogrande"}
+
+    def test_tables_that_cannot_be_read_now_are_not_replaced(self, tmp_path, monkeypatch):
+        """Too many open files: the other tasks' rows would be gone."""
+        documents = make_documents(20, {"dense": 0.0})
+        scores, tasks = make_scores(documents), list(documents["task"].unique())
+
+        def add(task):
+            fresh = [frame[frame["task"] == task] for frame in (scores, documents)]
+            benchmarks._add(tmp_path / "scores", {"limit": 20}, {task: task}, fresh, tmp_path)
+
+        add(tasks[0])
+
+        def fails(path):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pd, "read_parquet", fails)
+            with pytest.raises(InputError, match=r"its tables cannot be read \(.*Too many open files.*\); nothing was changed"):
+                add(tasks[1])
+        add(tasks[1])
+        assert set(pd.read_parquet(tmp_path / "scores" / "scores.parquet")["task"]) == set(tasks[:2])
+        (tmp_path / "scores" / "scores.parquet").write_bytes(b"PAR1 damaged")
+        add(tasks[0])
+        assert set(pd.read_parquet(tmp_path / "scores" / "scores.parquet")["task"]) == {tasks[0]}
 
     def test_writers_wait_for_each_other(self, tmp_path):
         documents = make_documents(20, {"dense": 0.0})

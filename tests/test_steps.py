@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,15 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_converted
+from test_records import make_record
 
 from dynamoe_lab import digests
+from dynamoe_lab.config import Experiment
+from dynamoe_lab.disk import told_when_full
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment, steps
 from dynamoe_lab.workbench.fingerprint import fingerprint
+from dynamoe_lab.workbench.provenance import step_use, why_unrepeatable
 from dynamoe_lab.workbench.steps import find_step, run_step
 
 CALLS: list[str] = []
@@ -262,6 +267,96 @@ def test_a_failed_output_dir_step_finds_its_files_again(tmp_path):
     assert (folder / "resumed.txt").read_text() == "True"
 
 
+@pytest.fixture
+def code(monkeypatch):
+    """The package's code, in two rooms, to be changed."""
+    rooms = {"models": "one", "training": "one"}
+    monkeypatch.setattr(environment, "code_digest", lambda without=(): "/".join(rooms.values()))
+    monkeypatch.setattr(environment, "room_digests", lambda without=(): dict(rooms))
+    return rooms
+
+
+def begun(home: Path, model, *, ends: bool = False) -> None:
+    """A training that stops halfway, or is killed when it has finished, before it is described."""
+    with pytest.raises(RuntimeError if not ends else KeyboardInterrupt):
+        run_step(trains_until, (model, "end" if ends else "half"), home=home)
+
+
+def trains_until(model, stop: str, *, output_dir) -> str:
+    CALLS.append("trains_until")
+    place = Path(output_dir, "weights")
+    if not place.exists():
+        place.write_text(environment.code_digest())
+        raise KeyboardInterrupt if stop == "end" else RuntimeError("power cut")
+    return place.read_text()
+
+
+trains_until.step_ignores = ("stop",)
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["halfway", "finished"])
+def test_work_that_other_code_began_is_not_labelled_todays(tmp_path, code, ends):
+    model = torch.nn.Linear(2, 2)
+    begun(tmp_path, model, ends=ends)
+    code["training"] = "two"
+    done = run_step(trains_until, (model, "half"), home=tmp_path)
+    assert done.value[0] == "one/one", "hours of work are not thrown away"
+    assert (done.cached, done.stale) == (False, True)
+    assert done.made["parts"] == ["by different code (training)"]
+    use = step_use(trains_until, done)
+    assert use.stale_rooms == ["training"]
+    record = make_record()
+    record.results.steps = [use]
+    assert "trains_until computed in parts, by different code (training)" in why_unrepeatable(record, Experiment())
+    code["training"] = "one"
+    assert run_step(trains_until, (model, "half"), home=tmp_path).stale, "it is the work of neither"
+    assert not list(done.folder.glob("begun*"))
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["halfway", "finished"])
+def test_recomputing_does_not_go_on_from_other_codes_work(tmp_path, code, monkeypatch, ends):
+    model = torch.nn.Linear(2, 2)
+    begun(tmp_path, model, ends=ends)
+    code["training"] = "two"
+    monkeypatch.setenv(steps.RECOMPUTE_VARIABLE, "1")
+    begun(tmp_path, model, ends=ends)  # from the start again, and stopped again
+    done = run_step(trains_until, (model, "half"), home=tmp_path)  # but what today's code began it goes on from
+    assert CALLS == ["trains_until"] * 3
+    assert (done.value[0], done.stale, done.made["parts"]) == ("one/two", False, [])
+
+
+def test_every_one_who_worked_on_a_step_is_known(tmp_path, code):
+    """Other code in the middle counts, and so does work that nobody signed."""
+    model = torch.nn.Linear(2, 2)
+    begun(tmp_path, model)
+    (scratch,) = (tmp_path / "scratch").iterdir()
+    (weights := scratch / "output" / "weights").rename(scratch / "output" / "other")
+    code["models"] = "two"
+    begun(tmp_path, model)
+    assert len(json.loads((scratch / "begun.json").read_text())) == 2
+    code["models"] = "one"
+    (again := tmp_path / "again").mkdir()
+    shutil.copytree(tmp_path / "scratch", again / "scratch")
+    done = run_step(trains_until, (model, "half"), home=tmp_path)
+    assert (done.stale, done.made["parts"]) == (True, ["by different code (models)"])
+    assert not weights.exists()
+    (again / "scratch" / scratch.name / "begun.json").unlink()
+    done = run_step(trains_until, (model, "half"), home=again)
+    assert (done.stale, done.made["parts"], done.made["rooms"]) == (True, ["by different code"], {})
+
+
+def test_threads_that_changed_meanwhile_are_told(tmp_path):
+    model, threads = torch.nn.Linear(2, 2), torch.get_num_threads()
+    begun(tmp_path, model)
+    try:
+        torch.set_num_threads(threads + 1)
+        done = run_step(trains_until, (model, "half"), home=tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert (done.stale, done.made["parts"]) == (False, [f"with {threads}, then {threads + 1} threads"])
+    assert step_use(trains_until, done).parts == done.made["parts"]
+
+
 def test_a_step_that_changes_its_model_in_place_is_told_on(tmp_path, capsys):
     run_step(careless, (torch.nn.Linear(2, 2),), home=tmp_path)
     assert "changed its argument model in place" in capsys.readouterr().err
@@ -300,6 +395,40 @@ def test_a_damaged_step_is_set_aside_and_made_again(tmp_path, capsys, damage):
     assert run_step(table, (4,), home=tmp_path).cached
 
 
+def test_a_step_that_cannot_be_read_now_is_no_damaged_one(tmp_path):
+    """Too many open files: said in one line, and hours of work stay where they are."""
+    resource = pytest.importorskip("resource")
+    made = run_step(table, (4,), home=tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for way in (run_step, find_step):
+        told = ""
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            way(table, (4,), home=tmp_path)
+        except InputError as error:
+            told = str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert told.startswith(f"step {made.folder.name}: step.json cannot be read (Too many open files); nothing was changed")
+    assert CALLS == ["table"]
+    assert run_step(table, (4,), home=tmp_path).cached
+    assert [path.name for path in (tmp_path / "steps").iterdir()] == [made.folder.name]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_result_file_that_cannot_be_read_now_is_no_damaged_one(tmp_path, monkeypatch, number):
+    run_step(table, (4,), home=tmp_path)
+
+    def fails(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(steps, "file_digest", fails)
+    with pytest.raises(InputError, match=rf"result\.parquet cannot be read \({os.strerror(number)}\); nothing was changed"):
+        run_step(table, (4,), home=tmp_path)
+    monkeypatch.undo()
+    assert run_step(table, (4,), home=tmp_path).cached
+
+
 def test_other_code_makes_a_result_stale_not_void(tmp_path, monkeypatch):
     run_step(table, (4,), home=tmp_path)
     monkeypatch.setattr(steps.environment, "code_digest", lambda without=(): "other")
@@ -328,6 +457,44 @@ def test_bad_calls_are_told(tmp_path):
 def test_a_full_disk_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"no space left in .*MB free.*DYNAMOE_LAB_HOME"):
         run_step(fills_the_disk, (1,), home=tmp_path)
+
+
+def fills_a_device(device: str) -> int:
+    with open(device, "w") as stream:
+        stream.write("x")
+
+
+def fills_a_device_halfway(device: str, *, output_dir) -> int:
+    Path(output_dir, "half").write_text("half")
+    fills_a_device(device)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_is_told_as_it_is(tmp_path):
+    """What is kept, if anything, and no more about where than the system says."""
+    with pytest.raises(InputError, match=r"if that is enough, another disk that fills_a_device-\w+ writes to is full; free some") as told:
+        run_step(fills_a_device, ("/dev/full",), home=tmp_path)
+    assert "kept" not in str(told.value)
+    assert not list((tmp_path / "scratch").iterdir())
+    with pytest.raises(InputError, match=r"what fills_a_device_halfway-\w+ wrote so far is kept in scratch"):
+        run_step(fills_a_device_halfway, ("/dev/full",), home=tmp_path)
+    assert len(list((tmp_path / "scratch").glob("*/output/half"))) == 1
+
+
+def fills_another_disk(place: str) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device", place)
+
+
+def test_a_full_disk_elsewhere_is_named(tmp_path):
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no other disk here")
+    with pytest.raises(InputError, match=r"^no space left in /dev/shm: [\d,]+ MB free; free some there$"):
+        run_step(fills_another_disk, ("/dev/shm/folder/file",), home=tmp_path)
+    with pytest.raises(InputError, match=r"^no space left in /dev/shm: .*free some there$"), told_when_full(tmp_path, "choose another"):
+        fills_another_disk("/dev/shm/file")
+    with pytest.raises(InputError, match=rf"^no space left in {tmp_path}: .*choose another$"), told_when_full(tmp_path, "choose another"):
+        fills_another_disk(str(tmp_path / "file"))
 
 
 # --- several processes -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamoe_lab.errors import InputError
+from dynamoe_lab.disk import unreadable
+from dynamoe_lab.errors import InputError, first_line
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.cells import Inputs, check_modes
 from dynamoe_lab.workbench.files import (
@@ -175,8 +176,10 @@ def _found(output: Path, settings: dict[str, Any]) -> "tuple[pd.DataFrame | None
         raise InputError(f"{output}: holds scores of {told}; choose another --output, or remove it")
     try:
         return tuple(pd.read_parquet(output / f"{name}.parquet") for name in ("scores", "documents"))
-    except (OSError, ValueError):  # killed before its first task, or damaged: steps have what was finished
-        return None, None
+    except (OSError, ValueError) as error:
+        if unreadable(error):  # the next write would drop the other tasks' rows
+            raise InputError(f"{output}: its tables cannot be read ({first_line(error)}); nothing was changed, run again") from error
+        return None, None  # killed before its first task, or damaged: steps have what was finished
 
 
 def _check_sources(output: Path, sources: dict[str, str]) -> None:

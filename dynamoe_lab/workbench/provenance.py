@@ -59,6 +59,7 @@ def step_use(function: Callable, done: StepResult) -> StepUse:
     use.peak_memory_bytes = made.get("peak_memory_bytes") if made.get("memory_measured") else None  # older steps: of the whole process
     use.memory_before_bytes = made.get("memory_before_bytes")
     use.times, use.digests = made.get("times", False), made.get("digests", {})
+    use.parts = made.get("parts", [])
     return use
 
 
@@ -87,6 +88,8 @@ def why_unrepeatable(record: Record, experiment: "Experiment") -> list[str]:
     for use in record.results.steps:
         if use.times:
             continue
+        for how in use.parts:
+            unlike.setdefault(f"in parts, {how}", []).append(use.function)
         for name, value in use.unlike.items():
             unlike.setdefault(f"earlier with {name} {value}", []).append(use.function)
         if use.threads and record.env.threads and use.threads != record.env.threads:

@@ -151,6 +151,7 @@ class StepUse:
     times: bool = False  # it measures times, so its result differs from run to run
     threads: int | None = None  # of torch when it was computed
     unlike: dict[str, str] = field(default_factory=dict)  # what it was computed with where the run has other: {"torch": "2.12.0"}
+    parts: list[str] = field(default_factory=list)  # how its parts differ if it was killed and went on: ["by different code (training)"]
     digests: dict[str, str] = field(default_factory=dict)  # xxh3_128 of its weights, and of results that hold no time
 
 

@@ -3,7 +3,8 @@
 A step's key is a hash of the function's name and of the inputs that matter to it. The code is not in the key (a comment must not void
 hours of work): its digest is recorded, and a result made by other code reads as *stale*. Work happens in `scratch/<function>-<key>/` and
 moves into place when it is whole; a killed step leaves nothing half-done in sight, and a function that takes `output_dir` finds its files
-again and can resume. A step never changes its arguments: functions that train in place work on a copy.
+again and can resume; what was begun by other code is then recorded as made in parts (`scratch`). A step never changes its arguments:
+functions that train in place work on a copy.
 """
 
 import contextlib
@@ -20,20 +21,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynamoe_lab.digests import file_digest
+from dynamoe_lab.disk import unreadable
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
-from dynamoe_lab.workbench.files import locked, read_json, told_when_full, write_json
+from dynamoe_lab.workbench.files import locked, read_json, write_json
 from dynamoe_lab.workbench.fingerprint import describe, fingerprint, is_module
 from dynamoe_lab.workbench.holds import hold_step
 from dynamoe_lab.workbench.memory import PeakMemory
 from dynamoe_lab.workbench.repeatable import exact_digest
 from dynamoe_lab.workbench.results import read_result, write_result
+from dynamoe_lab.workbench.scratch import BEGUN, STEP_VERSIONS, begin, kept_when_full, made_with, tidied
 
 __all__ = ["STEP_FORMAT", "STEP_VERSIONS", "StepResult", "find_step", "recorded_inputs", "run_step", "takes_output_dir"]
 
 RECOMPUTE_VARIABLE = "DYNAMOE_LAB_RECOMPUTE"  # set by `run --recompute` for the kernel: stale steps are computed again
 RECORDED = ("blocks", "calibration", "heldout", "model", "dense", "reference")  # parameters whose fingerprints a run's record keeps
-STEP_VERSIONS = ("torch", "transformers", "numpy", "pandas")  # packages that compute, recorded with a step
 STEP_FORMAT = 1  # part of every key: raise it when results of an older format can no longer be read
 
 
@@ -84,27 +86,27 @@ def run_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any] 
         home: the cache folder; `steps/`, `scratch/` and `locks/` are made in it.
 
     Raises:
-        InputError: the disk is full; `output_dir` is given; the function has no importable name.
+        InputError: the disk is full; a finished step cannot be read now; `output_dir` is given; the function has no importable name.
         TypeError: an argument without a fingerprint, or a result that cannot be kept.
     """
     call = _named(function, args, kwargs or {})
     folder, scratch = home / "steps" / call.label, home / "scratch" / call.label
     code = environment.code_digest(environment.ROOMS_WITHOUT_RESULTS)
-    with told_when_full(home, f"free some, or set DYNAMOE_LAB_HOME to another disk; what {call.label} wrote so far is kept in scratch"):
-        step, cached = None, True
-        with contextlib.suppress(_Corrupt):
+    hold_step(home, call.label)  # before we look: from here on nobody frees it, nor what it is computed from
+    with kept_when_full(home, scratch):
+        with contextlib.suppress(_Corrupt, OSError):  # or somebody was freeing it before our note was there; who has the lock sees
             step = _published(folder, call.key)
-        if step is None or _unwanted(step, code):
-            with locked(home / "locks" / f"{call.label}.lock", waits_for=f"step {call.label}"):
-                step = _published_or_set_aside(folder, call.key)  # the process we waited for may have made it
+            if step is not None and not _unwanted(step, code):
+                return _handed_out(call, folder, step, True, code)
+        with locked(home / "locks" / f"{call.label}.lock", waits_for=f"step {call.label}"):
+            step, cached = _published_or_set_aside(folder, call.key), True  # the process we waited for may have made it
+            if step is None or _unwanted(step, code):
+                step = _whole_scratch(scratch, call.key)  # killed, or the disk was full, before it came into place
                 if step is None or _unwanted(step, code):
-                    step = _whole_scratch(scratch, call.key)  # killed, or the disk was full, before it came into place
-                    if step is None or _unwanted(step, code):
-                        step = _compute(call, scratch)
-                    _publish(scratch, folder)
-                    cached = False
-        hold_step(home, call.label)
-        return _handed_out(call, folder, step, cached, code)
+                    step = _compute(call, scratch)
+                _publish(scratch, folder)
+                cached = False
+            return _handed_out(call, folder, step, cached, code)
 
 
 def find_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any] | None = None, *, home: Path) -> StepResult | None:
@@ -112,14 +114,14 @@ def find_step(function: Callable, args: Sequence = (), kwargs: Mapping[str, Any]
     call = _named(function, args, kwargs or {})
     folder = home / "steps" / call.label
     code = environment.code_digest(environment.ROOMS_WITHOUT_RESULTS)
-    try:
+    if not os.path.lexists(folder):
+        return None
+    hold_step(home, call.label)  # before we look, as in `run_step`
+    with contextlib.suppress(_Corrupt, OSError):
         step = _published(folder, call.key)
-    except _Corrupt:
-        return None
-    if step is None or _unwanted(step, code):
-        return None
-    hold_step(home, call.label)
-    return _handed_out(call, folder, step, True, code)
+        if step is not None and not _unwanted(step, code):
+            return _handed_out(call, folder, step, True, code)
+    return None
 
 
 def recorded_inputs(function: Callable, done: StepResult) -> dict[str, str]:
@@ -128,7 +130,12 @@ def recorded_inputs(function: Callable, done: StepResult) -> dict[str, str]:
 
 
 def _handed_out(call: _Call, folder: Path, step: dict[str, Any], cached: bool, code: str) -> StepResult:
-    value = read_result(folder, step["result"], device=_device(call.arguments))
+    try:
+        value = read_result(folder, step["result"], device=_device(call.arguments))
+    except OSError as error:
+        if unreadable(error):
+            raise _not_now(folder, error) from error
+        raise
     if takes_output_dir(call.function):
         value = (value, folder / "output")
     return StepResult(value, folder, call.key, cached, step["code"] != code, step["seconds"], call.inputs, step)
@@ -208,9 +215,16 @@ def _device(arguments: dict[str, Any]) -> Any:
 
 
 def _published(folder: Path, key: str) -> dict[str, Any] | None:
-    """step.json of a finished step whose files are all as they were written; None if there is none."""
-    if not folder.exists():
+    """step.json of a finished step whose files are all as they were written; None if there is none.
+
+    Raises `InputError` for a file that may be read another time: hours of work are not thrown away for too many open files.
+    """
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise _not_now(folder, error) from error
     try:
         step = read_json(folder / "step.json")
         if step["key"] != key or step["format"] != STEP_FORMAT:
@@ -219,9 +233,18 @@ def _published(folder: Path, key: str) -> dict[str, Any] | None:
             path = folder / name
             if path.stat().st_size != expected["bytes"] or file_digest(path) != expected[step["digest"]]:
                 raise _Corrupt(f"{name} is not what was written")
-    except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # among them InputError, of step.json
+        if unreadable(error):
+            raise _not_now(folder, error) from error
         raise _Corrupt(str(error)) from error
     return step
+
+
+def _not_now(folder: Path, error: Exception) -> InputError:
+    """The line about a step that is there but cannot be read, for a reason that is not in its files."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    where = Path(os.fsdecode(cause.filename)).name if isinstance(cause.filename, (str, bytes, os.PathLike)) else "a file"
+    return InputError(f"step {folder.name}: {where} cannot be read ({cause.strerror}); nothing was changed: run again, or free the step")
 
 
 def _published_or_set_aside(folder: Path, key: str) -> dict[str, Any] | None:
@@ -246,6 +269,7 @@ def _whole_scratch(scratch: Path, key: str) -> dict[str, Any] | None:
 
 def _publish(scratch: Path, folder: Path) -> None:
     """Move finished work into place; a stale result that lies there goes, and a kill in between loses neither."""
+    (scratch / BEGUN).unlink(missing_ok=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     old = scratch.with_name(f"{scratch.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -257,67 +281,52 @@ def _publish(scratch: Path, folder: Path) -> None:
 
 def _compute(call: _Call, scratch: Path) -> dict[str, Any]:
     """Call the function and describe what it gave in `scratch`, step.json last."""
-    function, arguments, inputs = call.function, call.arguments, call.inputs
-    output = _clean_scratch(scratch, keep_output=takes_output_dir(function))
-    started, clock = datetime.now(UTC), time.perf_counter()
-    values = dict(arguments)
-    if output is not None:
-        values = {key: copy.deepcopy(value) if is_module(value) else value for key, value in values.items()}
-        values["output_dir"] = output
-    try:
-        with PeakMemory() as peak:
-            value = _call(function, values)
-        seconds = time.perf_counter() - clock
-        if output is None:
-            _warn_of_changes(function, arguments, inputs)
-        step = {
-            "format": STEP_FORMAT,
-            "function": call.name,
-            "key": call.key,
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round(seconds, 3),
-            "peak_memory_bytes": peak.bytes,  # of the process while it computed this
-            "memory_before_bytes": peak.before,
-            "memory_measured": peak.how,
-            "inputs": {
-                parameter: {"value": describe(given), "fingerprint": inputs.get(parameter, "not in the key")}
-                for parameter, given in arguments.items()
-                if parameter != "output_dir"
-            },
-            "code": environment.code_digest(environment.ROOMS_WITHOUT_RESULTS),
-            "rooms": environment.room_digests(environment.ROOMS_WITHOUT_RESULTS),
-            "commit": environment.git_state(environment.package_root().parent)[0],
-            "threads": environment.torch_threads(),
-            "cpu": environment.cpu_name(),
-            "times": bool(getattr(function, "step_times", False)),  # what it returns are measured times
-            "versions": {k: v for k, v in environment.versions().items() if k in STEP_VERSIONS},
-            "result": write_result(value, scratch, output=output),
-            "digest": "xxh3_128",
-        }
-        exact = "" if step["times"] else exact_digest(value)
-    except BaseException as error:
-        if isinstance(error, Exception) and (output is None or not any(output.iterdir())):  # nothing in it to go on with
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    files = sorted(path for path in scratch.rglob("*") if path.is_file())
-    step["files"] = {p.relative_to(scratch).as_posix(): {"bytes": p.stat().st_size, "xxh3_128": file_digest(p)} for p in files}
-    weights = {name: entry["xxh3_128"] for name, entry in step["files"].items() if name.endswith(".safetensors")}
-    step["digests"] = weights | ({"result": exact} if exact else {})  # what has to come out again, at full precision
-    write_json(scratch / "step.json", step)
+    with tidied(scratch):
+        makers = begin(scratch, resumes=takes_output_dir(call.function), anew=bool(os.environ.get(RECOMPUTE_VARIABLE)))
+        step = _described(call, scratch) | made_with(makers)
+        files = sorted(path for path in scratch.rglob("*") if path.is_file() and path != scratch / BEGUN)
+        step["files"] = {p.relative_to(scratch).as_posix(): {"bytes": p.stat().st_size, "xxh3_128": file_digest(p)} for p in files}
+        weights = {name: entry["xxh3_128"] for name, entry in step["files"].items() if name.endswith(".safetensors")}
+        step["digests"] = weights | step["digests"]  # what has to come out again, at full precision
+        write_json(scratch / "step.json", step)
     return step
 
 
-def _clean_scratch(scratch: Path, *, keep_output: bool) -> Path | None:
-    """An empty scratch folder; with `keep_output`, one whose `output/` is as an earlier, killed process left it."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    for item in scratch.iterdir():
-        if keep_output and item.name == "output":
-            continue
-        shutil.rmtree(item) if item.is_dir() else item.unlink()
-    if not keep_output:
-        return None
-    (scratch / "output").mkdir(exist_ok=True)
-    return scratch / "output"
+def _described(call: _Call, scratch: Path) -> dict[str, Any]:
+    """Call the function, write what it gave, and say what that is and what it took."""
+    function, arguments, inputs = call.function, call.arguments, call.inputs
+    started, clock = datetime.now(UTC), time.perf_counter()
+    output, values = None, dict(arguments)
+    if takes_output_dir(function):
+        output = scratch / "output"
+        values = {key: copy.deepcopy(value) if is_module(value) else value for key, value in values.items()} | {"output_dir": output}
+    with PeakMemory() as peak:
+        value = _call(function, values)
+    seconds = time.perf_counter() - clock
+    if output is None:
+        _warn_of_changes(function, arguments, inputs)
+    times = bool(getattr(function, "step_times", False))
+    exact = "" if times else exact_digest(value)
+    return {
+        "format": STEP_FORMAT,
+        "function": call.name,
+        "key": call.key,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak.bytes,  # of the process while it computed this
+        "memory_before_bytes": peak.before,
+        "memory_measured": peak.how,
+        "inputs": {
+            parameter: {"value": describe(given), "fingerprint": inputs.get(parameter, "not in the key")}
+            for parameter, given in arguments.items()
+            if parameter != "output_dir"
+        },
+        "commit": environment.git_state(environment.package_root().parent)[0],
+        "times": times,  # what it returns are measured times
+        "result": write_result(value, scratch, output=output),
+        "digest": "xxh3_128",
+        "digests": {"result": exact} if exact else {},
+    }
 
 
 def _call(function: Callable, values: dict[str, Any]) -> Any:
