@@ -1,16 +1,19 @@
 """The cache: sizes as the disk has them, what is used and stale, and freeing that takes nothing from anybody."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 from test_records import make_record
 
 from dynamoe_lab.errors import InputError
-from dynamoe_lab.workbench import environment, holds
+from dynamoe_lab.workbench import cache, environment, holds, steps
 from dynamoe_lab.workbench.cache import choose, free, period, size_on_disk, survey
 from dynamoe_lab.workbench.files import locked
 from dynamoe_lab.workbench.holds import held_steps
@@ -23,14 +26,19 @@ def numbers(count: int) -> dict:
     return {"numbers": list(range(count))}
 
 
+def forget_holds(home) -> None:
+    """As if another process, which has ended, had computed and read what there is."""
+    holds._noted.clear()
+    for note in (home / "holds").iterdir():
+        note.unlink()
+
+
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """A cache with two steps, one of them used by a report, unfinished and damaged work, an asset, and a link to elsewhere."""
     home, reports, elsewhere = tmp_path / "home", tmp_path / "reports", tmp_path / "elsewhere"
     used, unused = run_step(numbers, (50_000,), home=home), run_step(numbers, (10,), home=home)
-    holds._noted.clear()  # as if another process had computed them
-    for note in (home / "holds").iterdir():
-        note.unlink()
+    forget_holds(home)
     (home / "scratch" / "train-0123456789abcdef" / "output").mkdir(parents=True)
     (home / "steps" / f"{used.folder.name}.corrupt-2026").mkdir()
     (home / "assets" / "text").mkdir(parents=True)
@@ -113,6 +121,84 @@ def test_all_leaves_assets_links_and_what_is_not_ours(kept):
     assert (home.parent / "elsewhere" / "precious.txt").exists()
 
 
+def free_all(kept, entries, **options):
+    return {entry.name: reason for entry, reason in free(kept[0], entries, **options)[1]}
+
+
+def test_what_changed_while_a_person_thought_is_kept(kept, monkeypatch):
+    """The list is minutes old when the answer comes: what is other now is not what was agreed to."""
+    home, reports, used, unused = kept
+    (used.folder / "step.json").write_text("[]")
+    damaged = [entry for entry in survey(home, reports) if entry.name == used.folder.name]
+    assert [entry.kind for entry in damaged] == ["damaged"]
+    with locked(home / "locks" / f"{used.folder.name}.lock"):
+        assert free_all(kept, damaged) == {used.folder.name: f"being made by pid {os.getpid()}"}
+    run_step(numbers, (50_000,), home=home)
+    assert free_all(kept, damaged) == {used.folder.name: "made again since it was listed"}
+    forget_holds(home)
+    assert free_all(kept, damaged) == {used.folder.name: "made again since it was listed"}
+    assert run_step(numbers, (50_000,), home=home).cached
+    forget_holds(home)
+
+    chosen = choose(survey(home, reports), unused=True)
+    assert names(chosen) == {unused.folder.name}
+    folder = reports / "quick" / "05_expert_usage"
+    folder.mkdir()
+    record = make_record("05_expert_usage")
+    record.results.steps = [StepUse("numbers", unused.key, True, 1.0)]
+    record.write(folder)
+    assert free_all(kept, chosen, reports=reports) == {unused.folder.name: "used by quick/05_expert_usage since it was listed"}
+    later = time.time() + 60
+    os.utime(unused.folder, (later, later))
+    assert free_all(kept, chosen) == {unused.folder.name: "used since it was listed"}
+
+    digest = environment.code_digest(environment.ROOMS_WITHOUT_RESULTS)
+    monkeypatch.setattr(environment, "code_digest", lambda without=(): "other")
+    stale = choose(survey(home, reports), stale=True)
+    monkeypatch.setattr(environment, "code_digest", lambda without=(): digest)
+    assert set(free_all(kept, stale).values()) == {"made again since it was listed"}
+    shutil.rmtree(unused.folder)
+    assert free_all(kept, chosen) == {unused.folder.name: "is gone already"}
+
+
+def test_a_step_that_is_noted_while_it_is_moved_comes_back(kept, monkeypatch):
+    home, reports, _, unused = kept
+    chosen, replace = choose(survey(home, reports), unused=True), os.replace
+
+    def noted_first(source, target) -> None:
+        if str(source) == str(unused.folder):
+            holds.hold_step(home, unused.folder.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", noted_first)
+    assert free_all(kept, chosen) == {unused.folder.name: f"in use by pid {os.getpid()}"}
+    assert run_step(numbers, (10,), home=home).cached
+
+
+def test_a_step_that_cannot_be_read_now_is_not_damaged(kept, monkeypatch):
+    home, reports, used, unused = kept
+
+    def fails(path):
+        raise InputError("cannot be read") from OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(cache, "read_json", fails)
+    chosen = choose(survey(home, reports), everything=True)
+    kept_for = free_all(kept, chosen)
+    assert (kept_for[used.folder.name], kept_for[unused.folder.name]) == ("cannot be read now", "cannot be read now")
+
+
+def test_documents_whose_freeing_was_killed_are_freed(kept):
+    home, reports, _, _ = kept
+    for name in (".datasets.partial", ".mine.partial"):
+        (home / name).mkdir()
+        (home / name / "a.txt").write_text("text")
+    kinds = {entry.name: entry.kind for entry in survey(home, reports)}
+    assert (kinds[".datasets.partial"], kinds[".mine.partial"]) == ("unfinished", "other")
+    assert ".datasets.partial" in names(free(home, choose(survey(home, reports), scratch=True))[0])
+    assert not (home / ".datasets.partial").exists()
+    assert (home / ".mine.partial" / "a.txt").exists()
+
+
 def test_a_link_that_came_meanwhile_is_not_followed(kept):
     home, reports, _, unused = kept
     chosen = choose(survey(home, reports), unused=True)
@@ -177,6 +263,45 @@ def test_a_step_that_this_process_was_given_is_held(tmp_path):
     assert survey(tmp_path, tmp_path)[0].used == pytest.approx(before)
     run_step(numbers, (3,), home=tmp_path)
     assert survey(tmp_path, tmp_path)[0].used == pytest.approx(time.time(), abs=60)
+
+
+def test_a_note_that_could_not_be_written_is_written_later(tmp_path):
+    """With the real identity of the process, or it counts as one of the dead and is removed."""
+    (tmp_path / "holds").write_text("in the way")
+    holds.hold_step(tmp_path, "first")
+    (tmp_path / "holds").unlink()
+    assert held_steps(tmp_path) == {}
+    holds.hold_step(tmp_path, "second")
+    assert held_steps(tmp_path) == {"first": os.getpid(), "second": os.getpid()}
+    assert [path.name for path in (tmp_path / "holds").iterdir()] == [f"{os.getpid()}.txt"]
+
+
+def looks(home: Path, reports: Path) -> list:
+    (home / "assets" / "text").mkdir(parents=True)
+    return [(entry.name, entry.held) for entry in survey(home, reports) if entry.kind == "asset"]
+
+
+looks.step_ignores = ("home", "reports")
+
+
+def test_what_a_first_step_reads_is_held_while_it_computes(tmp_path):
+    assert run_step(looks, (tmp_path, tmp_path), home=tmp_path).value == [["text", f"in use by pid {os.getpid()}, perhaps"]]
+
+
+def test_a_step_is_noted_before_it_is_looked_for(kept, monkeypatch):
+    """Between the look and the note it could be freed."""
+    home, _, _, unused = kept
+    seen, published = [], steps._published
+
+    def look(folder, key):
+        seen.append(set(held_steps(home)))
+        return published(folder, key)
+
+    monkeypatch.setattr(steps, "_published", look)
+    for way in (run_step, steps.find_step):
+        assert way(numbers, (10,), home=home).cached
+        forget_holds(home)
+    assert seen == [{unused.folder.name}] * 2
 
 
 def test_it_is_said_first_and_asked(kept):

@@ -26,6 +26,7 @@ from dynamoe_lab.workbench.files import (
     write_json,
 )
 from dynamoe_lab.workbench.fingerprint import fingerprint
+from dynamoe_lab.workbench.holds import hold_cache
 from dynamoe_lab.workbench.parameters import whole_number
 from dynamoe_lab.workbench.steps import run_step
 from dynamoe_lab.workbench.terminal import millions_text, table_text
@@ -88,6 +89,7 @@ def score_to_folder(
             raise InputError(
                 f"{name} {value}: give a whole number of at least 1{', or leave it out for all documents' * (name == '--limit')}"
             )
+    hold_cache(home)
     experiment, tasks = _experiment(model, given), list(tasks or TASKS)
     require_writable(output)
     if occupied(output) and not (output / SETTINGS).is_file():

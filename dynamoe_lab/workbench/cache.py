@@ -1,10 +1,11 @@
 """What lies under `$DYNAMOE_LAB_HOME`, what of it is needed, and how to free the rest.
 
     entries = survey(home, reports)
-    freed = free(home, choose(entries, stale=True))
+    freed = free(home, choose(entries, stale=True), reports)
 
-Nothing that a living process computes or reads is removed (locks and `holds`), nothing outside the home, nothing through a link. Assets and
-models go only if they are asked for: they have to be fetched or made again, while a step is only computed again.
+Nothing that a living process computes or reads is removed (locks and `holds`), nothing outside the home, nothing through a link. Between
+the list and the freeing a person thinks: what has changed meanwhile is not what was agreed to, and stays. Assets and models go only if they
+are asked for: they have to be fetched or made again, while a step is only computed again.
 """
 
 import os
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dynamoe_lab.disk import unreadable
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.plural import plural
 from dynamoe_lab.workbench import environment
@@ -40,6 +42,7 @@ KINDS = {  # what an entry is -> how to say it
 }
 PERMANENT = ("asset", "model", "wheel")  # to be fetched or made again: freed only when asked for
 NEVER = ("link", "other")
+_STEPS = ("step", "damaged", "unfinished")
 _PLACES = {"steps": "step", "scratch": "unfinished", "datasets": "data", "assets": "asset", "models": "model", "wheels": "wheel"}
 _UNITS = {"min": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
 
@@ -59,7 +62,7 @@ class Entry:
     users: list[str] = field(default_factory=list)  # runs and sweeps whose record names it: quick/04_router_confusion
     stale: bool = False  # computed by other code
     rooms: list[str] = field(default_factory=list)  # whose code is other, where the step says so
-    held: str = ""  # by whom, if a living process uses or makes it
+    held: str = ""  # by whom, if a living process uses or makes it; or why it cannot be judged
 
 
 def size_on_disk(place: Path, seen: set[tuple[int, int]] | None = None) -> int:
@@ -91,14 +94,18 @@ def survey(home: Path, reports: Path) -> list[Entry]:
     users, held = used_steps(reports), held_steps(home)
     entries = [_entry(path, kind, seen) for path, kind in _things(home)]
     for entry in entries:
-        if entry.kind in ("step", "unfinished"):
+        if entry.kind in _STEPS:
             entry.users = users.get(entry.name.rpartition("-")[2], [])
-            if entry.name in held:
-                entry.held = f"in use by pid {held[entry.name]}"
-        elif entry.kind in ("data", *PERMANENT) and held:
-            entry.held = f"in use by pid {min(held.values())}, perhaps"
+        entry.held = _in_use(entry, held) or entry.held
     order = list(KINDS)
     return sorted(entries, key=lambda entry: (order.index(entry.kind), -entry.bytes, entry.name))
+
+
+def _in_use(entry: Entry, held: dict[str, int]) -> str:
+    """Which living process uses an entry; of what all steps may need it is not known more closely."""
+    if entry.kind in _STEPS and entry.name in held:
+        return f"in use by pid {held[entry.name]}"
+    return f"in use by pid {min(held.values())}, perhaps" if entry.kind in ("data", *PERMANENT) and held else ""
 
 
 def _things(home: Path) -> Iterator[tuple[Path, str]]:
@@ -107,6 +114,8 @@ def _things(home: Path) -> Iterator[tuple[Path, str]]:
             yield place, "link"
         elif place.name in ("locks", "holds"):
             yield place, "housekeeping"
+        elif place.name in [f".{name}.partial" for name in _PLACES]:  # was being freed as a whole
+            yield place, "unfinished"
         elif place.name not in _PLACES or not place.is_dir():
             yield place, "other"
         elif place.name == "datasets":
@@ -139,8 +148,11 @@ def _entry(path: Path, kind: str, seen: set[tuple[int, int]]) -> Entry:
             entry.stale = step["code"] != environment.code_digest(environment.ROOMS_WITHOUT_RESULTS)
             if entry.stale:
                 entry.rooms = changed_rooms(step.get("rooms", {}), environment.room_digests(environment.ROOMS_WITHOUT_RESULTS))
-        except (InputError, OSError, KeyError, TypeError, AttributeError, ValueError):
-            entry.kind = "damaged"
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # among them InputError
+            if unreadable(error):
+                entry.held = "cannot be read now"
+            else:
+                entry.kind = "damaged"
     return entry
 
 
@@ -223,13 +235,18 @@ def choose(
     return chosen
 
 
-def free(home: Path, entries: Sequence[Entry]) -> tuple[list[Entry], list[tuple[Entry, str]]]:
-    """Remove entries; returns those that are gone, and those that were kept with the reason."""
+def free(home: Path, entries: Sequence[Entry], reports: Path | None = None) -> tuple[list[Entry], list[tuple[Entry, str]]]:
+    """Remove entries; returns those that are gone, and those that were kept with the reason.
+
+    Args:
+        reports: as for `survey`, to see which runs came to use a step since then; None: nobody asks.
+    """
     gone, kept = [], []
+    users = used_steps(reports) if reports is not None else {}
     for entry in entries:
         reason = entry.held or _refusal(home, entry)
         try:
-            reason = reason or _remove(home, entry)
+            reason = reason or _remove(home, entry, users)
         except InputError as error:
             reason = str(error)
         except OSError as error:
@@ -250,26 +267,41 @@ def _refusal(home: Path, entry: Entry) -> str:
     return ""
 
 
-def _remove(home: Path, entry: Entry) -> str:
+def _changed(entry: Entry, users: dict[str, list[str]]) -> str:
+    """What has become of an entry since it was listed, so that it is not for us to remove; "" if it is as it was."""
+    if not os.path.lexists(entry.path):
+        return "is gone already"
+    again = _entry(entry.path, "step" if entry.kind == "damaged" else entry.kind, set())
+    if (again.kind, again.stale) != (entry.kind, entry.stale):
+        return "made again since it was listed"
+    if again.used > entry.used:
+        return "used since it was listed"
+    new = users.get(entry.name.rpartition("-")[2], []) if entry.kind == "step" and not entry.users else []
+    return f"used by {', '.join(new)} since it was listed" if new else again.held
+
+
+def _remove(home: Path, entry: Entry, users: dict[str, list[str]]) -> str:
     """Remove it under its lock; returns why it was kept, "" if it is gone. Raises `InputError` if a process holds the lock."""
     if entry.kind == "housekeeping":
         return _remove_locks(home, entry.path)
-    if entry.kind == "damaged":
+    if entry.kind == "damaged" and ".corrupt-" in entry.name:  # set aside for good: nobody makes or reads it
         shutil.rmtree(entry.path)
         return ""
     # `.name.xxxxxxxx.partial` is being made, `.name.partial` was being freed, `name.old` is a stale step that was being replaced
     label = re.sub(r"(\.[a-z0-9_]{8})?\.partial$", "", entry.name.removeprefix(".")).removesuffix(".old")
-    beside = entry.path.parent.name in ("assets", "models")
+    beside = entry.path.parent in (home / "assets", home / "models")
     lock = entry.path.with_name(f".{label}.lock") if beside else home / "locks" / f"{label}.lock"
     with locked(lock, refuses="being made by pid {pid}"):
-        holder = held_steps(home).get(entry.name)
-        if holder is not None and entry.kind == "step":
-            return f"in use by pid {holder}"
+        if reason := _changed(entry, users) or _in_use(entry, held_steps(home)):
+            return reason
         trash = entry.path
         if not entry.name.startswith("."):  # out of sight at once; if we are killed now, the rest reads as unfinished
             trash = entry.path.with_name(f".{entry.name}.partial")
             shutil.rmtree(trash, ignore_errors=True)
             os.replace(entry.path, trash)
+            if entry.kind in _STEPS and (reason := _in_use(entry, held_steps(home))):  # noted after we looked; it may be reading
+                os.replace(trash, entry.path)
+                return reason
         if trash.is_dir():
             shutil.rmtree(trash)
         else:

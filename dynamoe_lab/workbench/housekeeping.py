@@ -105,14 +105,14 @@ def free_cache(
         say(f"... and {len(entries) - SHOWN} more")
     total = size_text(sum(entry.bytes for entry in entries if not entry.held))
     busy = sum(bool(entry.held) for entry in entries)
-    what = f"{plural(len(entries) - busy, 'entry')}, {total}" + (f" (in use, kept: {busy})" if busy else "")
+    what = f"{plural(len(entries) - busy, 'entry')}, {total}" + (f" (in use or not readable, kept: {busy})" if busy else "")
     if dry_run:
         say(f"would free {what}")
         return 0
     if not agreed(f"free {what}?"):
         say("nothing freed")
         return 1
-    gone, kept = free(home, entries)
+    gone, kept = free(home, entries, reports)
     for entry, reason in kept:
         say(f"kept {entry.name}: {reason}")
     say(f"freed {plural(len(gone), 'entry')}, {size_text(sum(entry.bytes for entry in gone))}")

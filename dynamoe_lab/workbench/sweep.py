@@ -28,6 +28,7 @@ from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.cells import Cell, Inputs, run_cell
+from dynamoe_lab.workbench.holds import hold_cache
 from dynamoe_lab.workbench.provenance import step_use
 from dynamoe_lab.workbench.records import StepUse
 from dynamoe_lab.workbench.steps import find_step, recorded_inputs, run_step
@@ -143,6 +144,7 @@ def run_plans(
     """`run_sweep` for cells that are resolved already."""
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs = {jobs}: give a number of at least 1, or leave it out")
+    hold_cache(home)  # its models and text are loaded before the first step
     inputs, outcomes, cells = Inputs(), {}, {}
 
     def note(outcome: Outcome, cell: Cell | None) -> None:
