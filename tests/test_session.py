@@ -11,9 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dynamoe_lab.assets import home
+from dynamoe_lab.disk import locked
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench.fingerprint import fingerprint
-from dynamoe_lab.workbench.records import effective_status, load_record
+from dynamoe_lab.workbench.handover import notebook_lock
+from dynamoe_lab.workbench.holds import held_steps
+from dynamoe_lab.workbench.records import Record, RunInfo, effective_status, load_record
 from dynamoe_lab.workbench.session import start
 
 CHECKOUT = Path(__file__).parents[1]
@@ -118,6 +122,85 @@ def test_a_new_run_replaces_what_the_old_one_made(project, frame):
     assert sorted(path.name for path in again.folder.iterdir()) == ["kept.csv", "kept.png", "kept.svg", "notes.md", "record.json"]
 
 
+def test_finishing_removes_what_runs_made_and_nothing_else(project, frame):
+    """Also what a run made that was killed, and what the runner's own first record stands between."""
+    run = start("a", profile="smoke")
+    run.figure(draw(frame), "old", data=frame, caption="c")
+    run.html("<p>a</p>", "text", caption="c")
+    for name in ("my_data.csv", "my_own_figure.png", "notebook.html"):
+        (run.folder / name).write_text("mine")
+    killed = start("a", profile="smoke")
+    killed.table(frame, "half", caption="c")
+    Record(RunInfo("a", pid=1)).write(killed.folder)  # as the runner does before its kernel starts
+    last = start("a", profile="smoke")
+    last.table(frame, "half", caption="c")
+    assert (last.folder / "old.png").exists(), "the earlier results stay until there are new ones"
+    last.finish()
+    kept = {"half.csv", "my_data.csv", "my_own_figure.png", "notebook.html", "record.json"}
+    assert {path.name for path in last.folder.iterdir()} == kept
+    assert load_record(last.folder).run.earlier == []
+
+
+def test_a_record_cannot_name_files_elsewhere(project):
+    run = start("a", profile="smoke")
+    (project / "precious.csv").write_text("mine")
+    text = (run.folder / "record.json").read_text()
+    (run.folder / "record.json").write_text(text.replace('"earlier": []', '"earlier": ["../../../precious.csv"]'))
+    start("a", profile="smoke").finish()
+    assert (project / "precious.csv").exists()
+
+
+def test_a_finished_run_leaves_anothers_results_alone(project, frame, monkeypatch):
+    """In JupyterLab a cell can be run after `finish`: it writes under the lock, and not over what another process has written since."""
+    monkeypatch.setattr("dynamoe_lab.workbench.session.interactive", lambda: True)
+    run = start("a", profile="smoke")
+    run.table(frame, "shares", caption="c")
+    run.finish()
+    run.result("accuracy", 0.5)
+    assert load_record(run.folder).results.scalars[0].value == 0.5
+    lock, told = notebook_lock(run.folder, project)
+    calls = [
+        lambda: run.result("accuracy", 0.6),
+        lambda: run.table(frame[:1], "shares", caption="c"),
+        lambda: run.step(doubled, 2),
+        run.finish,
+    ]
+    with locked(lock, refuses=told):  # another kernel or runner is at work
+        for call in calls:
+            with pytest.raises(InputError, match="is being written by pid"):
+                call()
+        Record(RunInfo("a", status="ok", pid=1, process_started=1.0)).write(run.folder)
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    for call in calls:
+        with pytest.raises(InputError, match=r"smoke/a: another run has written its results since this one began; run the notebook again"):
+            call()
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+    monkeypatch.setattr("dynamoe_lab.workbench.session.now", lambda: "2030-01-01T00:00:00+00:00")  # not in the same second
+    again = start("a", profile="smoke")
+    with pytest.raises(InputError, match="another run"):
+        run.finish()
+    with pytest.raises(InputError, match="is being written"), locked(lock, refuses=told):
+        pytest.fail("an older run gave up the lock of the one that is running")
+    again.finish()
+
+
+def test_a_run_without_a_runner_shows_no_earlier_log(project, monkeypatch):
+    folder = start("a", profile="smoke").folder
+    for name in ("run.log", "run.log.1"):
+        (folder / name).write_text("what the runner heard")
+    monkeypatch.setenv("DYNAMOE_LAB_NOTEBOOK", "a")
+    start("a", profile="smoke")
+    assert (folder / "run.log").exists(), "the runner's, which is open"
+    monkeypatch.delenv("DYNAMOE_LAB_NOTEBOOK")
+    start("a", profile="smoke")
+    assert not list(folder.glob("run.log*"))
+
+
+def test_what_a_run_loads_before_its_first_step_is_held(project):
+    start("a", profile="smoke")
+    assert set(held_steps(home()).values()) == {os.getpid()}
+
+
 def test_a_headline_is_recorded_and_a_sentence_stands_once(project, frame):
     run = start("a", profile="smoke")
     run.table(frame, "shares", caption="c")
@@ -138,11 +221,8 @@ def test_a_text_is_kept_without_what_runs_or_loads(project):
     assert 'title="63 %">Paris</span>' in kept
     for gone in ("<script", "example.org", "javascript:", "onclick"):
         assert gone not in kept
-    (run.folder / "notebook.html").write_text("<p>")
-    (run.folder / "older.html").write_text("<p>")
     run.finish()
     assert load_record(run.folder).results.fragments[0].files[0].name == "text.html"
-    assert sorted(path.name for path in run.folder.glob("*.html")) == ["notebook.html", "text.html"]
 
 
 def test_a_text_has_no_ids_and_stays_in_its_place(project):

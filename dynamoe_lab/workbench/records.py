@@ -6,6 +6,7 @@ a record that says `running` while its process is gone reads as `interrupted`. N
 """
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -89,6 +90,7 @@ class RunInfo:
     swept: dict[str, str] = field(default_factory=dict)  # the sweep that a parameter names, as seen from the root -> `sweep_mark`
     key: str = ""  # hash of notebook code, parameters, experiment and package code; set by the runner
     source: str = ""  # hash of the notebook's code cells alone
+    earlier: list[str] = field(default_factory=list)  # files that runs before this one left in the folder; they go when it has finished
 
 
 @dataclass
@@ -196,15 +198,36 @@ class Record:
     results: Results = field(default_factory=Results)
     env: Environment = field(default_factory=Environment)
     format: int = RECORD_FORMAT
+    _placed = False  # no field: whether this record lies in its folder already
 
     @property
     def artifacts(self) -> list[Artifact]:
         """Figures, tables and texts."""
         return [*self.results.figures, *self.results.tables, *self.results.fragments]
 
+    @property
+    def artifact_files(self) -> list[str]:
+        """Names of their files."""
+        return [entry.name for artifact in self.artifacts for entry in artifact.files]
+
     def write(self, folder: Path) -> None:
-        """Write `record.json` into `folder`, atomically."""
+        """Write `record.json` into `folder`, atomically. The record of another run that it replaces lives on in `run.earlier`."""
+        if not self._placed:
+            with suppress(InputError):  # none yet, or none that can be read
+                replaced = load_record(folder)
+                self.run.earlier = sorted({*self.run.earlier, *replaced.run.earlier, *replaced.artifact_files})
         write_json(folder / RECORD_NAME, _json(asdict(self)))
+        self._placed = True
+
+    def may_go_to(self, folder: Path) -> bool:
+        """Whether `folder` is this run's to write: True before its first write, or if what lies there is its record, or none.
+
+        Raises `InputError` if the record there cannot be read.
+        """
+        if not self._placed or not (folder / RECORD_NAME).exists():
+            return True
+        there, ours = load_record(folder).run, self.run
+        return (there.pid, there.process_started, there.started) == (ours.pid, ours.process_started, ours.started)
 
 
 def now() -> str:
@@ -256,6 +279,7 @@ def load_record(folder: Path) -> Record:
             raise TypeError(f"format {content['format']}, this version reads {RECORD_FORMAT}")
         record = _typed(Record, content, "record")
         _check_names(record)
+        record._placed = True
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: not a record ({first_line(error)}); remove it and run the notebook again") from error
     return record
@@ -263,8 +287,7 @@ def load_record(folder: Path) -> Record:
 
 def _check_names(record: Record) -> None:
     """Raise ValueError unless every file of a record lies beside it: it may come from elsewhere, and the report shows what it names."""
-    files = [entry.name for artifact in record.artifacts for entry in artifact.files] + [entry.name for entry in record.results.notebook]
-    for name in (record.run.name, *files):
+    for name in (record.run.name, *record.artifact_files, *record.run.earlier, *(entry.name for entry in record.results.notebook)):
         if not name or name != PurePosixPath(name).name or name.startswith(".") or "\\" in name:
             raise ValueError(f"{name!r} is no plain file name")
 

@@ -13,6 +13,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ from dynamoe_lab.workbench import environment
 from dynamoe_lab.workbench.allocator import keep_freed_memory
 from dynamoe_lab.workbench.drawn import figure_files, frame_csv
 from dynamoe_lab.workbench.files import hold, let_go, remove_leftovers, told_when_full, without_paths, write_atomic
-from dynamoe_lab.workbench.handover import RUNNER_VARIABLE, interactive, notebook_lock, running_cell
+from dynamoe_lab.workbench.handover import RUNNER_VARIABLE, interactive, notebook_lock, own_results, running_cell
+from dynamoe_lab.workbench.holds import hold_cache
 from dynamoe_lab.workbench.memory import peak_memory
 from dynamoe_lab.workbench.provenance import record_environment, step_use, why_unrepeatable
 from dynamoe_lab.workbench.records import (
@@ -39,6 +41,7 @@ from dynamoe_lab.workbench.records import (
     process_identity,
 )
 from dynamoe_lab.workbench.repeatable import exact_digest
+from dynamoe_lab.workbench.runlog import LOG_NAME
 from dynamoe_lab.workbench.steps import recorded_inputs, run_step
 
 if TYPE_CHECKING:
@@ -118,6 +121,8 @@ class Run:
         overrides: list[str],
         profile: str,
     ):
+        from dynamoe_lab.assets import home
+
         self.name, self.experiment, self.folder = name, experiment, folder
         self._root, self._clock, self._lock = root, time.perf_counter(), None
         self._profile, self._overrides = profile, overrides  # as they were given: a sweep's cells start from them
@@ -139,9 +144,12 @@ class Run:
             self._lock, told = notebook_lock(folder, root)
             hold(self._lock, refuses=told)
             remove_leftovers(folder)
+            for name in (LOG_NAME, f"{LOG_NAME}.1"):  # of an earlier run, by a runner; this one writes no log
+                (folder / name).unlink(missing_ok=True)
         with told_when_full(folder, "free some, or choose another output"):
             folder.mkdir(parents=True, exist_ok=True)
         self._write()
+        hold_cache(home())  # what a notebook loads before its first step, too
 
     def __repr__(self) -> str:
         return f"Run({self.name!r}, profile={self.experiment.profile!r}, status={self.record.run.status!r})"
@@ -282,26 +290,15 @@ class Run:
         self._write()
 
     def finish(self) -> None:
-        """Check that all files are there, remove files of earlier runs that this one did not make, set the status, print one line.
+        """Check that all files are there, remove those of earlier runs that this one did not make again, set the status, print one line.
 
-        Raises `InputError` if a file of this run is gone or was changed.
+        Files that no run made stay. Raises `InputError` if a file of this run is gone or was changed, or if another run wrote here since.
         """
-        if missing := missing_files(self.record, self.folder):
-            raise InputError(f"{self.name}: {', '.join(missing)} is gone or was changed since it was written; run the notebook again")
-        kept = {entry.name for artifact in self.record.artifacts for entry in artifact.files}
-        for path in self.folder.iterdir():
-            if path.suffix in (".png", ".svg", ".csv", ".html") and path.name not in kept and path.name != "notebook.html":
-                path.unlink()
-        run, results = self.record.run, self.record.results
-        run.status, run.finished = "ok", now()
-        run.seconds = round(time.perf_counter() - self._clock, 3)
-        self.record.env = record_environment(
-            self.experiment, self._root, self.record.env.fingerprints
-        )  # torch may have come since the start
-        self.record.env.unrepeatable = why_unrepeatable(self.record, self.experiment)
-        self._write()
+        with self._writing():
+            self._complete()
         if self._lock is not None:
             let_go(self._lock)
+        results = self.record.results
         counts = {
             "figure": results.figures,
             "table": results.tables,
@@ -313,6 +310,19 @@ class Run:
         print(without_paths(f"{self.name}  ok  {', '.join(parts) or 'nothing recorded'}  in {self.folder}", self._root), flush=True)
 
     # --- inside ------------------------------------------------------------------------------------------------------------------
+
+    def _complete(self) -> None:
+        if missing := missing_files(self.record, self.folder):
+            raise InputError(f"{self.name}: {', '.join(missing)} is gone or was changed since it was written; run the notebook again")
+        run = self.record.run
+        for name in {*run.earlier} - {*self.record.artifact_files}:
+            if (path := self.folder / name).is_file():
+                path.unlink()
+        run.status, run.finished, run.earlier = "ok", now(), []
+        run.seconds = round(time.perf_counter() - self._clock, 3)
+        self.record.env = record_environment(self.experiment, self._root, self.record.env.fingerprints)  # torch may have come meanwhile
+        self.record.env.unrepeatable = why_unrepeatable(self.record, self.experiment)
+        self._write()
 
     def _check(self, stem: str, caption: str) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", stem) or stem in ("record", "notebook", "index"):
@@ -330,21 +340,26 @@ class Run:
     def _store(
         self, shelf: list[Artifact], stem: str, caption: str, contents: dict[str, bytes], frame: "pd.DataFrame | None" = None
     ) -> None:
-        with told_when_full(self.folder, "free some, or choose another output"):
+        with self._writing(), told_when_full(self.folder, "free some, or choose another output"):
             for name, content in contents.items():
                 write_atomic(self.folder / name, content)
+            replaced = [file.name for known in self.record.artifacts if known.stem == stem for file in known.files]
+            self.record.run.earlier += [name for name in replaced if name not in contents]
             for other in (self.record.results.figures, self.record.results.tables, self.record.results.fragments):
                 other[:] = [artifact for artifact in other if artifact.stem != stem]
             files = [StoredFile.of(self.folder / name) for name in contents]
             shelf.append(Artifact(stem, " ".join(caption.split()), files, "" if frame is None else exact_digest(frame, stem)))
             self._write()
 
+    def _writing(self) -> AbstractContextManager[None]:
+        return own_results(self.record, self.folder, self._root, locks=self._lock is not None)
+
     def _write(self, step: str = "") -> None:
         """Write the record; `step`: what starts now, for whoever reads the record of a run that was killed in it."""
         run = self.record.run
         run.peak_memory_bytes = peak_memory()
         run.at = Place(*running_cell(), step=step) if run.status == "running" else None
-        with told_when_full(self.folder, "free some, or choose another output"):
+        with self._writing(), told_when_full(self.folder, "free some, or choose another output"):
             self.record.write(self.folder)
 
     def _seed(self) -> None:
