@@ -24,6 +24,7 @@ from dynamoe_lab.workbench.files import (
     write_atomic,
     write_json,
 )
+from dynamoe_lab.workbench.holds import hold_cache
 from dynamoe_lab.workbench.steps import run_step
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def _new_folder(output: Path) -> Iterator[None]:
     require_writable(output)
     refuses = f"{output}: is being written by pid {{pid}}; wait for it, or choose another --output"
     with locked(folder_lock(home(), output), refuses=refuses):
+        hold_cache(home())
         folder = Path(os.path.abspath(output))
         for left in (path for place in (folder.parent, folder) for path in place.glob(f".{glob.escape(folder.name)}.*.tmp")):
             if re.fullmatch(rf"\.{re.escape(folder.name)}\.[0-9]+\.tmp", left.name):  # `.nested.v2.42.tmp` belongs to nested.v2
@@ -201,6 +203,7 @@ def train_to_folder(
     if occupied(output, LOCK) and not (output / "train.json").is_file():
         raise InputError(f"{output}: not an empty folder, and no run to go on with; choose another --output, or remove it")
     experiment = _experiment(model, profile, given)
+    hold_cache(home)
     _check_steps(experiment)
     if any(pair.startswith("method=") for pair in given):  # else a converted model decides, and it has to be loaded first
         _check_given(given, model, experiment.method, converted=False)
