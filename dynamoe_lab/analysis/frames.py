@@ -16,6 +16,8 @@ __all__ = [
     "ALL",
     "compact",
     "expert_names",
+    "label_mark",
+    "label_note",
     "list_names",
     "one_run",
     "percent",
@@ -105,6 +107,16 @@ def expert_names(fractions: Sequence[float] | None, highest: int, function: str)
     if highest >= len(fractions):
         raise InputError(f"{function}: the frame has expert {highest}, counted from 0, but {len(fractions)} fractions")
     return [f"{100 * fraction:.3g} %" for fraction in fractions]
+
+
+def label_mark(label: str) -> str:
+    """What stands behind a θ: nothing for the paper's cosine, ' (residual_error)' for another definition of difficulty."""
+    return "" if label == "cosine" else f" ({label})"
+
+
+def label_note(label: str) -> str:
+    """What ends a sentence about labels: nothing for the paper's cosine, '; labels by residual_error' for another definition."""
+    return "" if label == "cosine" else f"; labels by {label}"
 
 
 def list_names(names: Iterable, limit: int = 4) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from dynamoe_lab.analysis.findings.wording import domains_text, tokens_text
-from dynamoe_lab.analysis.frames import ALL, list_names, one_run, percent, require, signed, split_layers
+from dynamoe_lab.analysis.frames import ALL, label_mark, list_names, one_run, percent, require, signed, split_layers
 from dynamoe_lab.analysis.metrics.difficulty import COVARIATE_NAMES
 from dynamoe_lab.analysis.metrics.labels import FIRST, LATER
 from dynamoe_lab.errors import InputError
@@ -13,11 +13,12 @@ from dynamoe_lab.plural import plural
 __all__ = ["difficulty_domain_finding", "difficulty_finding", "label_share_finding"]
 
 
-def difficulty_finding(correlations: pd.DataFrame) -> str:
+def difficulty_finding(correlations: pd.DataFrame, *, label: str = "cosine") -> str:
     """Does difficulty go with surprisal, rarity or position?
 
     Args:
         correlations: the frame of `difficulty_correlations`, one run; the rows of layer "all".
+        label: the definition of difficulty, the experiment's `dynamoe.label`; named unless it is the paper's.
 
     Raises:
         InputError: a column or the rows of layer "all" are missing, or the frame holds several runs.
@@ -44,19 +45,21 @@ def difficulty_finding(correlations: pd.DataFrame) -> str:
     if texts["neither"]:
         parts.append(f"has no relation beyond its interval to {list_names(texts['neither'])}")
     first = rows.iloc[0]
+    at = f"At θ = {first['theta']:g}{label_mark(label)}"
     return (
-        f"At θ = {first['theta']:g} a token's difficulty, the mean share of the MLP that its labels ask for, {', '.join(parts[:-1])}"
+        f"{at} a token's difficulty, the mean share of the MLP that its labels ask for, {', '.join(parts[:-1])}"
         f"{' and ' if len(parts) > 1 else ''}{parts[-1]} (Spearman, {percent(first['confidence'])} intervals over documents; "
         f"n = {plural(rows['n'].max(), 'document')}, {tokens_text(rows['tokens'].max())}, position 0 left out)."
     )
 
 
-def label_share_finding(shares: pd.DataFrame, theta: float) -> str:
+def label_share_finding(shares: pd.DataFrame, theta: float, *, label: str = "cosine") -> str:
     """How much of the MLP do labels ask for: by layer, over θ, and at the first token of a block?
 
     Args:
         shares: the frame of `label_shares`, one run and domain.
         theta: the threshold that is told; the nearest one in the frame is taken.
+        label: the definition of difficulty, the experiment's `dynamoe.label`; named unless it is the paper's.
 
     Raises:
         InputError: a column or the rows of later tokens are missing, or the frame holds several runs or domains.
@@ -83,7 +86,7 @@ def label_share_finding(shares: pd.DataFrame, theta: float) -> str:
     whole = (pooled["share"] * pooled["fraction"]).groupby([pooled["place"], pooled["theta"]]).sum()
     most = at.loc[at.groupby("layer")["share"].idxmax(), "share"]
     alone = int((most >= 0.99).sum())
-    sentence = f"At θ = {theta:.3g} labels ask for {percent(whole[LATER, theta], 1)} of the MLP on average"
+    sentence = f"At θ = {theta:.3g}{label_mark(label)} labels ask for {percent(whole[LATER, theta], 1)} of the MLP on average"
     if len(by_layer) > 1:
         ends = [f"{percent(by_layer[layer], 1)} in layer {layer}" for layer in (by_layer.idxmin(), by_layer.idxmax())]
         sentence += f", from {ends[0]} to {ends[1]}"
@@ -96,11 +99,12 @@ def label_share_finding(shares: pd.DataFrame, theta: float) -> str:
     return f"{sentence} (n = {tokens_text(at.groupby('layer')['tokens'].sum().max())} in each layer)."
 
 
-def difficulty_domain_finding(means: pd.DataFrame) -> str:
+def difficulty_domain_finding(means: pd.DataFrame, *, label: str = "cosine") -> str:
     """On which domains are tokens harder? The two extremes are compared, allowing for all pairs they were picked from.
 
     Args:
         means: the frame of `difficulty_by_domain`, one run.
+        label: the definition of difficulty, the experiment's `dynamoe.label`; named unless it is the paper's.
 
     Raises:
         InputError: a column or the rows of layer "all" are missing, or the frame holds several runs.
@@ -117,4 +121,5 @@ def difficulty_domain_finding(means: pd.DataFrame) -> str:
     one_run(means, "difficulty_domain_finding")
     rows = split_layers(means)[1]
     text = domains_text(rows, "mean", "difficulty_domain_finding")
-    return f"Mean share of the MLP that labels ask for at θ = {means['theta'].iloc[0]:g} by domain, {text}."
+    at = f"θ = {means['theta'].iloc[0]:g}{label_mark(label)}"
+    return f"Mean share of the MLP that labels ask for at {at} by domain, {text}."

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from dynamoe_lab.analysis.findings.wording import one_row, tokens_text, verdict
-from dynamoe_lab.analysis.frames import ALL, compact, one_run, percent, require, split_layers
+from dynamoe_lab.analysis.frames import ALL, compact, label_note, one_run, percent, require, split_layers
 from dynamoe_lab.plural import plural
 
 __all__ = ["active_params_finding", "conversion_finding", "perplexity_finding", "training_finding"]
@@ -36,7 +36,7 @@ def conversion_finding(change: pd.DataFrame, *, tolerance: float = 0.01) -> str:
     )
 
 
-def training_finding(steps: pd.DataFrame, *, window: int = 10, dense_loss: float | None = None) -> str:
+def training_finding(steps: pd.DataFrame, *, window: int = 10, dense_loss: float | None = None, label: str = "cosine") -> str:
     """Does the loss still fall, and how far did it get?
 
     The last `window` steps are compared with the `window` before them: the change of the mean LM loss against 1.96 of
@@ -46,6 +46,7 @@ def training_finding(steps: pd.DataFrame, *, window: int = 10, dense_loss: float
         steps: run, step, tokens, lm_loss, router_loss, router_accuracy, active_mlp_fraction of one run (`steps`).
         window: steps averaged; at most half of them.
         dense_loss: LM loss of the dense model on the same kind of text.
+        label: the definition of difficulty, the experiment's `dynamoe.label`; named unless it is the paper's.
 
     Raises:
         InputError: a column is missing, or the frame holds several runs.
@@ -79,11 +80,11 @@ def training_finding(steps: pd.DataFrame, *, window: int = 10, dense_loss: float
         f"In {plural(len(steps), 'step')} ({tokens_text(steps['tokens'].iloc[-1])}) the LM loss went from {lm[0]} to {lm[1]} nats per "
         f"token{dense}; {trend}; the router loss went from {router[0]} to {router[1]}, router accuracy from "
         f"{right[0]} to {right[1]}, with {percent(last['active_mlp_fraction'].mean())} of the MLP neurons active "
-        f"(means of {plural(window, 'step')})."
+        f"(means of {plural(window, 'step')}{label_note(label)})."
     )
 
 
-def perplexity_finding(perplexity: pd.DataFrame, *, confidence: float = 0.95) -> str:
+def perplexity_finding(perplexity: pd.DataFrame, *, confidence: float = 0.95, label: str = "cosine") -> str:
     """What does the routing cost in perplexity?
 
     Args:
@@ -91,6 +92,7 @@ def perplexity_finding(perplexity: pd.DataFrame, *, confidence: float = 0.95) ->
             low, high; the ratio to the dense model is paired by document. Without a reference (ratio nan) low and high are those of
             the perplexity. A column active_mlp_fraction is told, too: a ratio without its compute says little.
         confidence: of the intervals low to high.
+        label: the definition of difficulty, the experiment's `dynamoe.label`; named unless it is the paper's.
 
     Raises:
         InputError: a column is missing.
@@ -116,15 +118,16 @@ def perplexity_finding(perplexity: pd.DataFrame, *, confidence: float = 0.95) ->
         else:
             text += f" {row['perplexity']:.1f} ({percent(confidence)} interval {row['low']:.1f} to {row['high']:.1f}; {sample})"
         texts.append(text)
-    return f"{'; '.join(texts)}."
+    return f"{'; '.join(texts)}{label_note(label)}."
 
 
-def active_params_finding(params: pd.DataFrame) -> str:
+def active_params_finding(params: pd.DataFrame, *, label: str = "cosine") -> str:
     """How many parameters does a token use?
 
     Args:
         params: layer (with a row "all" for the whole model), mlp_active, mlp_total, active_mlp_fraction, router,
             other, active_params, total_params: mean counts per token.
+        label: the definition of difficulty, the experiment's `dynamoe.label`; named unless it is the paper's.
 
     Raises:
         InputError: a column or the row "all" is missing.
@@ -143,5 +146,5 @@ def active_params_finding(params: pd.DataFrame) -> str:
         f"A token uses {compact(active)} of {compact(total)} parameters ({percent(active / total, 1)}; "
         f"{percent(active / dense, 1)} of the dense model's {compact(dense)}): "
         f"{percent(row['active_mlp_fraction'], 1)} of the MLPs' {compact(row['mlp_total'])}, plus "
-        f"{compact(row['router'])} of the routers and {compact(row['other'])} that always run."
+        f"{compact(row['router'])} of the routers and {compact(row['other'])} that always run{label_note(label)}."
     )

@@ -143,7 +143,7 @@ def plot_expert_similarity(
         ax.set_title(f"first {names[experts.index(expert)]} of the neurons")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.grid(axis="y")
-    axes[0].set_ylabel(f"{measure} to the full MLP output")
+    axes[0].set_ylabel(f"{measure} to the full MLP output" if label == "cosine" else f"{measure}\nto the full MLP output")
     axes[len(axes) // 2].set_xlabel("layer")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, handlelength=2.2, columnspacing=1.2)

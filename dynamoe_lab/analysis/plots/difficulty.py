@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dynamoe_lab.analysis.frames import ALL, compact, expert_names, one_run, percent, require, signed, split_layers
+from dynamoe_lab.analysis.frames import ALL, compact, expert_names, label_mark, one_run, percent, require, signed, split_layers
 from dynamoe_lab.analysis.metrics.difficulty import COVARIATE_NAMES, COVARIATES
 from dynamoe_lab.analysis.metrics.labels import FIRST, LATER
 from dynamoe_lab.analysis.style import (
@@ -39,12 +39,15 @@ _AXES = {
 
 
 @styled
-def plot_label_share(shares: pd.DataFrame, *, theta: float, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+def plot_label_share(
+    shares: pd.DataFrame, *, theta: float, label: str = "cosine", figure: Figure | SubFigure | None = None
+) -> Figure | SubFigure:
     """Labels by layer at one θ (above) and the MLP share they ask for by layer and θ (below); on the right all layers together, over θ.
 
     Args:
         shares: run, theta, domain, place, layer, label, fraction, tokens, share of one domain (from `label_shares`).
         theta: the threshold drawn above; the nearest one in `shares` is taken.
+        label: the definition of difficulty, the experiment's `dynamoe.label`; named unless it is the paper's.
         figure: where to draw; None: a new figure.
 
     Raises:
@@ -74,8 +77,8 @@ def plot_label_share(shares: pd.DataFrame, *, theta: float, figure: Figure | Sub
     at = later[later["theta"] == theta].pivot(index="label", columns="layer", values="share").to_numpy()  # (E, L)
     over = pooled_later.pivot(index="label", columns="theta", values="share").to_numpy()  # (E, thetas)
     centres = np.arange(len(layers)) + 0.5
-    for label, color in enumerate(colors):
-        bars.bar(centres, at[label], 0.86, bottom=at[:label].sum(axis=0), color=color, label=f"label {names[label]}")
+    for size, color in enumerate(colors):
+        bars.bar(centres, at[size], 0.86, bottom=at[:size].sum(axis=0), color=color, label=f"label {names[size]}")
     areas.stackplot(thetas, over, colors=colors, linewidth=0)
     if len(thetas) == 1:
         areas.bar(thetas, over[:, 0], 0.02, bottom=np.append(0, over[:-1, 0].cumsum()), color=colors)
@@ -97,13 +100,14 @@ def plot_label_share(shares: pd.DataFrame, *, theta: float, figure: Figure | Sub
     for ax in (bars, areas, lines):
         ax.set_ylim(0, 1)
         percent_axis(ax.yaxis)
-    bars.set_title(f"labels at θ = {theta:.3g}")
+    mark = label_mark(label)
+    bars.set_title(f"labels at θ = {theta:.3g}{mark}")
     areas.set_title("labels, all layers")
     grid.set_title("mean share of the MLP that labels ask for")
     lines.set_title("the same, all layers")
     bars.set(ylabel="tokens (%)")
-    grid.set(ylabel="θ", xlabel="layer")
-    lines.set(xlabel="θ", ylabel="mean MLP share (%)")
+    grid.set(ylabel=f"θ{mark}", xlabel="layer")
+    lines.set(xlabel=f"θ{mark}", ylabel="mean MLP share (%)")
     share_bar(figure, grid, "mean share of the MLP (%)", aspect=40, below=True)
     keys = [handles + more for handles, more in zip(bars.get_legend_handles_labels(), lines.get_legend_handles_labels(), strict=True)]
     figure.legend(*keys, loc="outside lower center", ncols=4, handlelength=1.8)
@@ -113,7 +117,7 @@ def plot_label_share(shares: pd.DataFrame, *, theta: float, figure: Figure | Sub
     across = f", from {ends[0]} to {ends[1]}" if len(by_layer) > 1 else ""
     headline(
         figure,
-        f"At θ = {theta:.3g} labels ask for {percent(mean[theta])} of the MLP{across}; over θ = {thetas[0]:.3g} to "
+        f"At θ = {theta:.3g}{mark} labels ask for {percent(mean[theta])} of the MLP{across}; over θ = {thetas[0]:.3g} to "
         f"{thetas[-1]:.3g} it goes from {percent(mean.iloc[0])} to {percent(mean.iloc[-1])}",
     )
     return figure
@@ -140,7 +144,11 @@ def _mean_lines(ax: Axes, thetas: np.ndarray, pooled: pd.DataFrame) -> None:
 
 @styled
 def plot_difficulty_vs_surprisal(
-    bins: pd.DataFrame, *, correlations: pd.DataFrame | None = None, figure: Figure | SubFigure | None = None
+    bins: pd.DataFrame,
+    *,
+    correlations: pd.DataFrame | None = None,
+    label: str = "cosine",
+    figure: Figure | SubFigure | None = None,
 ) -> Figure | SubFigure:
     """Mean difficulty over surprisal, the next token's surprisal, frequency and position, in bins of equal numbers of tokens.
 
@@ -148,6 +156,7 @@ def plot_difficulty_vs_surprisal(
         bins: run, theta, covariate, bin, start, end, center, difficulty, low, high, tokens, documents, confidence (from `difficulty_bins`).
             Position 0 (bin 0) is drawn hollow, at the edge if it lies outside.
         correlations: the frame of `difficulty_correlations`, for the panels' titles and the message.
+        label: the definition of difficulty, the experiment's `dynamoe.label`; named unless it is the paper's.
         figure: where to draw; None: a new figure.
 
     Raises:
@@ -188,22 +197,24 @@ def plot_difficulty_vs_surprisal(
             ax.set_title(f"Spearman {signed(row['spearman'])}{spread}")
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
+    mark = label_mark(label)
     for ax in axes[:, 0]:
-        ax.set_ylabel("difficulty: mean MLP share\nthat labels ask for (%)")
+        named = f"difficulty{mark}:\nmean MLP share that\nlabels ask for (%)"
+        ax.set_ylabel(named if mark else "difficulty: mean MLP share\nthat labels ask for (%)")
     first = bins[(bins["bin"] == 0) & (bins["covariate"] == "position")]
     if len(first):
         _position_zero(axes.flat[shown.index("position")], first.iloc[0]["difficulty"])
-    theta, n = bins["theta"].iloc[0], usual.groupby("covariate")["tokens"].sum().max()
+    at, n = f"At θ = {bins['theta'].iloc[0]:.3g}{mark}", usual.groupby("covariate")["tokens"].sum().max()
     documents = int(usual["documents"].max())
     ends = f"{percent(usual['difficulty'].min())} to {percent(usual['difficulty'].max())}"
-    message = f"At θ = {theta:.3g} mean difficulty goes from {ends} over the bins"
+    message = f"{at} mean difficulty goes from {ends} over the bins"
     if len(rho):
         clear = rho[(rho["low"] > 0) | (rho["high"] < 0)]
-        message = f"At θ = {theta:.3g} a token's difficulty goes with none of these beyond its interval"
+        message = f"{at} a token's difficulty goes with none of these beyond its interval"
         if len(clear):
             strongest = clear["spearman"].abs().idxmax()
             value = signed(clear.loc[strongest, "spearman"])
-            message = f"At θ = {theta:.3g} a token's difficulty goes most with {COVARIATE_NAMES[strongest]} (Spearman {value})"
+            message = f"{at} a token's difficulty goes most with {COVARIATE_NAMES[strongest]} (Spearman {value})"
     known = percent(bins["confidence"].iloc[0])
     headline(figure, f"{message}; {compact(n)} tokens, {plural(documents, 'document')}, {known} intervals over documents")
     return figure
@@ -229,11 +240,14 @@ def _position_zero(ax: Axes, value: float) -> None:
 
 
 @styled
-def plot_difficulty_by_domain(means: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+def plot_difficulty_by_domain(
+    means: pd.DataFrame, *, label: str = "cosine", figure: Figure | SubFigure | None = None
+) -> Figure | SubFigure:
     """Mean share of the MLP that labels ask for: a heatmap of domains by layer, and beside it each domain with its interval.
 
     Args:
         means: run, theta, domain, layer, mean, low, high, tokens, documents, confidence (from `difficulty_by_domain`).
+        label: the definition of difficulty, the experiment's `dynamoe.label`; named unless it is the paper's.
         figure: where to draw; None: a new figure.
 
     Raises:
@@ -269,10 +283,11 @@ def plot_difficulty_by_domain(means: pd.DataFrame, *, figure: Figure | SubFigure
     dots.xaxis.set_major_locator(MaxNLocator(3))
     percent_axis(dots.xaxis)
     dots.set_xlabel(f"all layers (%),\n{percent(pooled['confidence'].iloc[0])} interval")
-    share_bar(figure, ax, "mean share of the MLP that labels ask for (%)", aspect=45, below=True)
+    mark = label_mark(label)
+    share_bar(figure, ax, f"mean share of the MLP that labels{mark} ask for (%)", aspect=45, below=True)
     ends = [f"{percent(row['mean'], 1)} of the MLP on {name}" for name, row in pooled.iloc[[0, -1]].iterrows()]
     layers = table.mean()
     wider = layers.max() - layers.min() > pooled["mean"].iloc[-1] - pooled["mean"].iloc[0]
     across = f"; layers differ more, from {percent(layers.min())} to {percent(layers.max())}" if wider else ""
-    headline(figure, f"At θ = {pooled['theta'].iloc[0]:.3g} labels ask for {' and '.join(dict.fromkeys(ends))}{across}")
+    headline(figure, f"At θ = {pooled['theta'].iloc[0]:.3g}{mark} labels ask for {' and '.join(dict.fromkeys(ends))}{across}")
     return figure

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from dynamoe_lab.analysis.frames import compact, percent, require
+from dynamoe_lab.analysis.frames import compact, label_note, percent, require
 from dynamoe_lab.analysis.metrics import smooth_steps
 from dynamoe_lab.analysis.style import DENSE, REFERENCE, canvas, headline, styled
 
@@ -30,6 +30,7 @@ def plot_training_curves(
     window: int = 10,
     dense_loss: float | None = None,
     majority: float | None = None,
+    label: str = "cosine",
     figure: Figure | SubFigure | None = None,
 ) -> Figure | SubFigure:
     """LM loss, router loss, router accuracy and active MLP fraction over the tokens seen.
@@ -41,6 +42,7 @@ def plot_training_curves(
             `window` steps.
         dense_loss: LM loss of the dense model on the same kind of text, a reference line.
         majority: accuracy of always answering the layer's commonest label, a reference line.
+        label: the definition of difficulty, the experiment's `dynamoe.label`; named unless it is the paper's.
         figure: where to draw; None: a new figure.
 
     Raises:
@@ -64,8 +66,9 @@ def plot_training_curves(
         for ax, (name, _) in zip(axes.flat, _PANELS, strict=True):
             ax.plot(raw["tokens"], raw[name], color=color, alpha=0.25, linewidth=0.7, rasterized=len(raw) > 2000)
             ax.plot(mean["tokens"], mean[name], color=color, label=str(run))
-    for ax, (name, label) in zip(axes.flat, _PANELS, strict=True):
-        ax.set_ylabel(label)
+    for ax, (name, measure) in zip(axes.flat, _PANELS, strict=True):
+        named = label != "cosine" and name.startswith("router")
+        ax.set_ylabel(f"{measure}\nlabels by {label}" if named else measure)
         ax.grid(axis="y")
         if name in ("router_accuracy", "active_mlp_fraction"):
             ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
@@ -86,7 +89,7 @@ def plot_training_curves(
             above.tick_params(labelsize=6.5, colors="#666666")
     if len(runs) > 1:
         axes[0, 1].legend(title="run", title_fontsize=7)
-    headline(figure, _message(smooth, dense_loss, majority))
+    headline(figure, _message(smooth, dense_loss, majority, label))
     return figure
 
 
@@ -107,7 +110,7 @@ def _references(axes: np.ndarray, dense_loss: float | None, majority: float | No
     line(axes[1, 1], 1.0, "dense model 100 %", DENSE)
 
 
-def _message(smooth: pd.DataFrame, dense_loss: float | None, majority: float | None) -> str:
+def _message(smooth: pd.DataFrame, dense_loss: float | None, majority: float | None, label: str) -> str:
     ends = smooth.groupby("run", sort=False, observed=True).tail(1)  # the last point of each drawn line
 
     def span(values: pd.Series, text: Callable[[float], str]) -> str:
@@ -119,5 +122,5 @@ def _message(smooth: pd.DataFrame, dense_loss: float | None, majority: float | N
     loss = span(ends["lm_loss"], "{:.2f}".format)
     return (
         f"After {span(ends['tokens'], compact)} tokens{several} the LM loss of training batches is {loss}{dense} "
-        f"and the routers are right for {span(ends['router_accuracy'], percent)} of tokens{chance}"
+        f"and the routers are right for {span(ends['router_accuracy'], percent)} of tokens{chance}{label_note(label)}"
     )
