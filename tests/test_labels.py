@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from dynamoe_lab.config import load_experiment
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.models import LABELS, DynaMoEConfig, decoder_layers, family_of, nested_similarity
+from dynamoe_lab.models import labels as definitions
 from dynamoe_lab.workbench.fingerprint import fingerprint
 
 every_label = pytest.mark.parametrize("label", LABELS)
@@ -30,16 +31,25 @@ def test_the_full_output_is_similar_to_itself(label):
     products[1][2] = 0  # of this token the second expert is the first
     products[1][4], products[2][4] = 0, 0  # and of this one all are the same
     found = nested_similarity(products, label=label, residual=residual)
-    assert (found.shape, found.dtype) == ((7, 3), torch.float32)
-    assert bool((found <= 1 + 1e-6).all())
+    assert (found.shape, found.dtype) == ((7, 3), torch.float32), "a definition returns E - 1 tensors [N] in float32, one a nested expert"
+    most = found.max().item()
+    assert most <= 1 + 1e-6, f"similarity {most:.3g}, above 1: it must be 1 where outputs are the same and never more, as θ is at most 1"
     assert found[:, -1].tolist() == [1.0] * 7
-    torch.testing.assert_close(found[4], torch.ones(3))
-    assert found[2, 0] == found[2, 1]
-    assert bool((found[[0, 1, 3, 5, 6], :2] < 0.999).all()), "a definition that tells nothing apart"
+    torch.testing.assert_close(found[4], torch.ones(3), msg=f"{found[4].tolist()} where outputs are the same: similarity must be 1 there")
+    assert found[2, 0] == found[2, 1], "two experts with the same output must be equally similar"
+    assert bool((found[[0, 1, 3, 5, 6], :2] < 0.999).all()), "1 where outputs differ: a definition that tells nothing apart"
     alone = torch.cat([nested_similarity([p[n : n + 1] for p in products], label=label, residual=residual[n : n + 1]) for n in range(7)])
-    torch.testing.assert_close(found, alone)
+    torch.testing.assert_close(found, alone, msg="a token's similarity must not depend on the other tokens: reduce over the last dimension")
     nothing = nested_similarity([torch.zeros(2, 16)] * 3, label=label, residual=torch.zeros(2, 16))
-    assert bool(torch.isfinite(nothing).all())
+    assert bool(torch.isfinite(nothing).all()), "no number where all outputs are zero: clamp what you divide by, as `cosine` does"
+
+
+@every_label
+def test_its_function_is_public(label):
+    name = LABELS[label].similarity.__name__
+    assert name in definitions.__all__, f"{name} is not in __all__ of models/labels.py, the list of its public names"
+    assert getattr(definitions, name) is LABELS[label].similarity
+    assert definitions.__all__ == sorted(definitions.__all__), "__all__ of models/labels.py is in order"
 
 
 def test_another_formula_under_the_same_name_is_another_model(monkeypatch):
@@ -59,7 +69,7 @@ def test_a_model_trains_routes_and_travels_with_it(label, blocks, tmp_path):
     """Labels reach the router's loss; the path without a trace routes by them, too; saved and loaded they are the same."""
     model = make_converted(label=label, theta=0.5)
     output = model(blocks.ids, labels=blocks.ids)
-    assert any(len(layer.unique()) > 1 for layer in output.labels), "labels that do not vary teach nothing"
+    assert any(len(layer.unique()) > 1 for layer in output.labels), "at θ = 0.5 all tokens have the same label: nothing to learn"
     output.loss.backward()
     assert all(bool(parameter.grad.any()) for mlp in model.nested_mlps() for parameter in mlp.router.parameters())
     model.set_routing("label")
