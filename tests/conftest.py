@@ -35,6 +35,7 @@ FAMILIES = {
     "mistral": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
+    "smollm3": {"no_rope_layer_interval": 2, "tie_word_embeddings": False},  # of 3 layers, every 4th would be none
     "gemma3_text": {
         "head_dim": 16,
         "query_pre_attn_scalar": 16,
@@ -43,6 +44,7 @@ FAMILIES = {
         "tie_word_embeddings": False,
     },
     "olmo2": {},
+    "cohere": {"logit_scale": 0.25, "use_qk_norm": True, "tie_word_embeddings": False},
     "gpt_neox": {"num_key_value_heads": None, "tie_word_embeddings": False},
     "phi": {"tie_word_embeddings": False},
     "opt": {

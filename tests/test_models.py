@@ -1,8 +1,11 @@
 """Converted models against the dense model and against formulas computed another way, for every family."""
 
 import copy
+import dataclasses
+import re
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.nn import functional as F
 
 from dynamoe_lab.models import DynaMoEConfig, decoder_layers, families, family_of, labels_from_similarity
 
+ROOT = Path(__file__).parents[1]
 tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gemma3_text": tanh_gelu, "gpt_neox": F.gelu, "phi": tanh_gelu, "opt": F.relu}  # the others: SiLU
 
@@ -426,6 +430,30 @@ def test_every_family_of_the_table_is_tested():
     assert set(families.FAMILIES) == set(FAMILIES), (
         "a family of models/families.py needs a pico model, an entry of FAMILIES in tests/conftest.py"
     )
+
+
+def test_readme_names_every_family_of_the_table():
+    listed = re.search(r"^Families: (.+?)\. ToMoE", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S).group(1)
+    named = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in listed.split(",")}
+    known = {re.sub(r"[^a-z0-9]", "", name): name for name in families.FAMILIES}  # gpt_neox is GPT-NeoX
+    missing = ", ".join(name for key, name in known.items() if key not in named)
+    assert not missing, f"README's list of families (In your own code) does not name {missing}"
+    assert not named.keys() - known.keys(), "README's list of families names one that the table does not have"
+    pruned = [key for key, name in known.items() if families.FAMILIES[name].whole_heads is None]
+    assert pruned == list(named)[:3], "README says that ToMoE prunes attention in the first three of its list"
+
+
+def test_the_guide_explains_every_field_of_a_family():
+    guide = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    table = guide.partition("what its row answers")[2].partition("\n## ")[0]
+    missing = [item.name for item in dataclasses.fields(families.Family) if not re.search(rf"^\|.*`{item.name}\b", table, re.M)]
+    assert not missing, f"docs/extending.md does not say what {', '.join(missing)} of Family is"
+
+
+def test_an_unknown_family_is_told_where_to_begin():
+    with pytest.raises(ValueError, match=r"'granite' is not supported: the family table has cohere, .*README, Add a model family"):
+        family_of("granite")
+    assert "### Add a model family" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # --- what the family table says -------------------------------------------------------------------------------------------------------

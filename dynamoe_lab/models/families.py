@@ -70,6 +70,10 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(transformers.MistralForCausalLM, whole_heads=None),
     "qwen2": Family(transformers.Qwen2ForCausalLM, whole_heads=None),
     "qwen3": Family(transformers.Qwen3ForCausalLM, whole_heads=NORMED_HEADS),
+    "smollm3": Family(
+        transformers.SmolLM3ForCausalLM,
+        whole_heads="some of its layers do not rotate queries and keys, and the pruned pairs are defined by the rotation",
+    ),
     "gemma3_text": Family(
         transformers.Gemma3ForCausalLM,
         residual_norm="pre_feedforward_layernorm",
@@ -81,6 +85,12 @@ FAMILIES: dict[str, Family] = {
         residual_norm=None,
         output_norm="post_feedforward_layernorm",
         whole_heads="it normalises queries and keys over all heads together before rotating them, so a sliced head is another function",
+    ),
+    "cohere": Family(
+        transformers.CohereForCausalLM,
+        residual_norm="input_layernorm",
+        whole_heads="it rotates each dimension with its neighbour, not with the one half a head away, and may normalise queries and keys",
+        parallel=True,
     ),
     "gpt_neox": Family(
         transformers.GPTNeoXForCausalLM,
@@ -132,7 +142,8 @@ def family_of(model_type: str) -> Family:
     """
     dense_type = dense_type_of(model_type)
     if dense_type not in FAMILIES:
-        raise ValueError(f"model type {model_type!r} is not supported: the family table has {', '.join(sorted(FAMILIES))}")
+        known = f"the family table has {', '.join(sorted(FAMILIES))}"
+        raise ValueError(f"model type {model_type!r} is not supported: {known}; to add one: dynamoe-lab's README, Add a model family")
     return FAMILIES[dense_type]
 
 
