@@ -1,5 +1,6 @@
 """Training: what learns and what does not, the steps frame, resuming to the same weights, stopping when numbers break."""
 
+import dataclasses
 import os
 import re
 import resource
@@ -136,9 +137,11 @@ def test_frozen_copies_survive_training_and_its_checkpoint(family, tmp_path, blo
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     train(make_converted(), make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
-    with pytest.raises(InputError, match="other inputs"):
+    with pytest.raises(InputError, match=r"other inputs: dynamoe\.theta 0\.7 then, 0\.5 now; choose another output_dir"):
         train(make_converted(theta=0.5), make_blocks(16), CONFIG, output_dir=tmp_path, progress=False)
-    with pytest.raises(InputError, match="other inputs"):
+    with pytest.raises(InputError, match=r"other inputs: train\.steps 6 then, 9 now"):
+        train(make_converted(), make_blocks(16), dataclasses.replace(CONFIG, steps=9), output_dir=tmp_path, progress=False)
+    with pytest.raises(InputError, match="other inputs: another training text;"):
         train(make_converted(), make_blocks(16, seed=9), CONFIG, output_dir=tmp_path, progress=False)
     other = make_converted(dense=make_dense(attention_bias=False, initializer_range=0.1))
     before = weights(other)
@@ -266,6 +269,15 @@ def test_progress_lines(tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [line.split()[1] for line in lines] == ["2/4", "4/4"]
     assert all(word in lines[-1] for word in ("LM loss", "accuracy", "active", "tokens/s"))
+
+
+def test_text_that_repeats_is_told(tmp_path, capsys):
+    """8 blocks of 24 tokens; too few for one batch are one batch."""
+    for blocks, steps, expected in ((8, 4, ""), (8, 6, "1.5 passes over 192 tokens"), (1, 3, "3 passes over 24 tokens")):
+        config = TrainConfig(steps=steps, batch_size=1, accumulation=2 if blocks > 1 else 1, warmup_steps=0)
+        train(make_converted(), make_blocks(blocks), config, output_dir=tmp_path / f"{blocks}-{steps}")
+        told = [line for line in capsys.readouterr().out.splitlines() if "passes" in line]
+        assert told == ([f"{steps} steps are {expected} of text, which repeats"] if expected else [])
 
 
 def _stopped_after(folder, monkeypatch) -> None:

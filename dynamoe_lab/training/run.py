@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -227,8 +228,23 @@ def _claim(folder: Path, model: PreTrainedModel, blocks: Blocks, heldout: Blocks
         ) from error
     if known is None:
         write_atomic(path, json.dumps(inputs, indent=1, sort_keys=True))
-    elif known != json.loads(json.dumps(inputs)):
-        raise InputError(f"train: {folder.name}/ holds a run with other inputs; choose another output_dir or remove it")
+    elif known != (now := json.loads(json.dumps(inputs))):
+        told = _difference(known, now, config.section, getattr(model, "method", "moe"))
+        remedy = "choose another output_dir (the command's --output), or remove it"
+        raise InputError(f"train: {folder.name}/ holds a run with other inputs: {told}; {remedy}")
+
+
+def _difference(known: Any, now: dict[str, Any], training: str, own: str) -> str:
+    """The first setting in which two runs differ ("train.steps 8 then, 9 now"), or what else does."""
+    known = known if isinstance(known, dict) else {}
+    for part, section in (("config", training), ("moe", own)):
+        before = known.get(part) if isinstance(known.get(part), dict) else {}
+        for name in [*now[part], *before]:
+            then, value = (str(values.get(name, "unset")) for values in (before, now[part]))
+            if then != value:
+                return f"{section}.{name} {then} then, {value} now"
+    parts = {"blocks": "another training text", "heldout": "another held-out text", "weights": "a model with other weights"}
+    return " and ".join(text for part, text in parts.items() if known.get(part) != now[part])
 
 
 def _weights_digest(model: PreTrainedModel) -> str:

@@ -119,7 +119,7 @@ class MethodTrainer(Trainer):
         if heldout is not None:
             self.add_callback(_HeldOut(self, heldout))  # after the clock, which it must not keep
         if progress:
-            self.add_callback(_Progress(config.log_steps, self.shown))
+            self.add_callback(_Progress(config.log_steps, self.shown, blocks))
 
     @classmethod
     def step_columns(cls, *, heldout: bool) -> list[str]:
@@ -272,10 +272,18 @@ class _Guard(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """One line every so many steps: where it is, how fast, how well."""
+    """One line every so many steps: where it is, how fast, how well; and one before them if the text is seen more than once."""
 
-    def __init__(self, every: int, shown: dict[str, str]):
-        self.every, self.shown = every, shown
+    def __init__(self, every: int, shown: dict[str, str], blocks: Blocks):
+        self.every, self.shown, self.blocks = every, shown, blocks
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        whole = len(self.blocks)
+        batch = min(args.train_batch_size, whole)  # too few blocks for one batch are all used
+        passes = state.max_steps * args.gradient_accumulation_steps * args.world_size * batch / whole
+        if passes > 1:
+            tokens = self.blocks.ids.numel()
+            print(f"{state.max_steps} steps are {passes:.3g} passes over {tokens:,} tokens of text, which repeats", flush=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "step_seconds" not in logs or (state.global_step % self.every and state.global_step != state.max_steps):
