@@ -323,6 +323,16 @@ def _read_override(override: str) -> Any:
     return layer
 
 
+def _remedy(key: str, value: Any, error: Exception) -> str:
+    """What to do about a field that OmegaConf refused: its nearest name, a point in a number, brackets around a list."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+,\d+", value) and "Float" in str(error):
+        return f"write {value.replace(',', '.')} with a point"
+    if isinstance(value, (str, int, float)) and "ListConfig" in str(error):
+        return f"write a list in brackets, e.g. {key}={'[0.25,0.5,1.0]' if key == 'dynamoe.experts' else f'[{value}]'}"
+    near = difflib.get_close_matches(key, field_names(), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near and near[0] != key else "the fields are in configs/defaults.yaml"
+
+
 def load_experiment(profile: str = "quick", overrides: Iterable[str] = ()) -> Experiment:
     """Resolve defaults < profile < overrides into a validated `Experiment`.
 
@@ -353,8 +363,7 @@ def load_experiment(profile: str = "quick", overrides: Iterable[str] = ()) -> Ex
             merged = OmegaConf.merge(merged, layer)
         except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
             key = str(getattr(error, "full_key", None) or "")
-            near = difflib.get_close_matches(key, field_names(), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near and near[0] != key else "the fields are in configs/defaults.yaml"
+            hint = _remedy(key, OmegaConf.select(layer, key, default=None) if key in field_names() else None, error)
             raise InputError(f"{origin}: {first_line(error)} (field {key or '?'}); {hint}") from error
     try:
         experiment = OmegaConf.to_object(merged)

@@ -100,7 +100,8 @@ def _find_source(name: str) -> Source:
     if any(benchmark in name.lower().replace("-", "_").split("/")[-1] for benchmark in _BENCHMARKS):
         raise InputError(f"text {name!r}: a benchmark, which measures models and is no text to train on; domains: {', '.join(DOMAINS)}")
     if name.startswith((".", "/", "~")) or "\\" in name or _suffix(Path(name)):
-        raise InputError(f"text {name}: no such file or folder; check the path, which starts in {Path.cwd()}")
+        relative = not name.startswith("~") and not Path(name).is_absolute()
+        raise InputError(f"text {name}: no such file or folder; check the path{f', which starts in {Path.cwd()}' * relative}")
     if _HUB_ID.fullmatch(name):
         return Source(name, _not_empty(name, lambda: _read_hub(name)), streamed=True)
     near = difflib.get_close_matches(name[:100], DOMAINS, n=1)

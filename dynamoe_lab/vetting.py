@@ -39,7 +39,9 @@ def check_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     if (folder / "adapter_config.json").is_file():  # with peft, transformers would load the base model that it names
         raise InputError(f"model {folder}: the folder holds a PEFT adapter: merge it into its base model first")
     if not path.is_file():
-        raise InputError(f"model {folder}: no config.json in this folder; give the folder of a checkpoint")
+        trained = folder / "checkpoint"  # of a run that `train` made
+        hint = f"did you mean {trained}?" if (trained / "config.json").is_file() else "give the folder of a checkpoint"
+        raise InputError(f"model {folder}: no config.json in this folder; {hint}")
     config = _read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise InputError(f"{path}: has no model_type; it is not the config of a transformers model; give the folder of a checkpoint")

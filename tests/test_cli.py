@@ -241,7 +241,13 @@ def test_convert_and_train_from_a_shell(home, project, monkeypatch):
     assert call("train", "converted", "--output", "runs/trained", *few, *short).exit_code == 0
     assert (project / "runs" / "trained" / "checkpoint" / "model.safetensors").stat().st_mtime_ns == written
     other = call("train", "converted", "--output", "runs/trained", *few, "-p", "train.steps=3")
-    assert (other.exit_code, "holds a run with other inputs" in other.stderr) == (2, True)
+    assert other.exit_code == 2
+    assert "holds a run with other inputs: train.steps 2 then, 3 now; choose another output_dir (the command's --output)" in other.stderr
+    for where in ("eval", "train"):
+        folder = call(where, "runs/trained", "--output", "runs/other", *(["--limit", "1"] if where == "eval" else few))
+        assert (folder.exit_code, "did you mean runs/trained/checkpoint?" in folder.stderr) == (2, True)
+    dynamoe = call("export", "runs/trained/checkpoint", "--output", "runs/other")
+    assert (dynamoe.exit_code, "dynamoe-lab convert, or train, and -p method=tomoe" in dynamoe.stderr) == (2, True)
     kept = call("train", "converted", "--output", "runs/other", *few, *short, "-p", "dynamoe.theta=0.7")
     assert (kept.exit_code, "converted already" in kept.stderr) == (2, True)
 

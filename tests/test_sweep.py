@@ -137,7 +137,12 @@ def test_computed_cells_may_be_none_but_a_file_has_something_to_do(project):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("axis: {dynamoe.theta: [0.8]}", "did you mean axes"),
+        ("axis: {dynamoe.theta: [0.8]}", r"no entry 'axis'; did you mean axes\?$"),
+        (
+            "model: smollm2-135m\nseed: 3",
+            "this is no sweep, it has 'model'; a sweep has title, profile, overrides, axes, cells, modes; fields",
+        ),
+        ("axes: {dynamoe.theta: [0.8]}\nseed: 3", "no entry 'seed'; a sweep has title"),
         ("axes: {dynamoe.theta: 0.8}", r"axes\.dynamoe\.theta.*list of values"),
         ("axes: {dynamoe: {theta: [0.8]}}", "sweep .*axes"),
         ("axes: {dynamoe.teta: [0.8]}", r"no field 'dynamoe\.teta'; did you mean dynamoe\.theta"),

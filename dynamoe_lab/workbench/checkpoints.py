@@ -150,9 +150,15 @@ def export_to_folder(checkpoint: str, output: Path, *, form: str = "tomoe", say:
     """
     from dynamoe_lab.conversion import export
     from dynamoe_lab.loading import load_model
+    from dynamoe_lab.models import ToMoEDeployedMixin, ToMoEMixin
 
     with _new_folder(output):
         masked, tokenizer = load_model(checkpoint)
+        if not isinstance(masked, (ToMoEMixin, ToMoEDeployedMixin)):  # of a deployed one `export` says what to give
+            raise InputError(
+                f"export: {checkpoint} is no masked ToMoE model; make one of a dense model with dynamoe-lab convert, or train, "
+                "and -p method=tomoe (in code: lab.convert(model, lab.ToMoEConfig()))"
+            )
         deployed = export(masked, form=form)
         _save(deployed, tokenizer, output, {"form": form, "moe": masked.config.moe})
     say(f"{_described(deployed)}\nexported: {output}")

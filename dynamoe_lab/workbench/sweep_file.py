@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,16 +189,16 @@ def load_sweep(file: str | Path) -> Sweep:
     if path.stem.startswith("."):  # `...yaml` would be the folder above
         raise InputError(f"sweep {file}: its name becomes that of a folder; give the file a name that does not begin with a dot")
     written = read_yaml(path, f"sweep {file}")
+    known = [item.name for item in fields(SweepFile)]
+    if unknown := [str(key) for key in written if key not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5) if len(unknown) == 1 else ()
+        hint = f"did you mean {near[0]}?" if near else f"a sweep has {', '.join(known)}; fields of an experiment stand in axes or cells"
+        what = f"no entry {unknown[0]!r}" if {"axes", "cells"} & set(written) or near else f"this is no sweep, it has {unknown[0]!r}"
+        raise InputError(f"sweep {file}: {what}; {hint}")
     try:
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepFile), written))
     except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
-        key = str(getattr(error, "full_key", None) or "")
-        known = list(vars(SweepFile()))
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {near[0]}?"
-            if near and near[0] != key
-            else f"entries are {', '.join(known)}; axes map a field to a list of values"
-        )
-        raise InputError(f"sweep {file}, at {key or 'the top'}: {first_line(error)}; {hint}") from error
+        key = str(getattr(error, "full_key", None) or "the top")
+        hint = f"entries are {', '.join(known)}; axes map a field to a list of values"
+        raise InputError(f"sweep {file}, at {key}: {first_line(error)}; {hint}") from error
     return Sweep(**vars(merged), name=path.stem)
