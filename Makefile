@@ -6,13 +6,14 @@ STAMP  := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env report test test-real test-browser bench lab lint format clean
+.PHONY: help env report test test-real test-browser coverage bench lab lint format clean
 
 help:
 	@echo "make report     environment + the quick profile on SmolLM2-135M -> reports/quick/index.html"
 	@echo "make test       environment + the tests (minutes, two cores)"
 	@echo "make test-real  the tests that need the real model, and long ones: killed processes, reference scores"
 	@echo "make test-browser  JupyterLab and the report page in your Chromium or Chrome (minutes); make test leaves these out"
+	@echo "make coverage   make test with the lines that it runs, which takes half as long again"
 	@echo "make bench      speed as ratios measured side by side -> benchmarks/results.json (12 minutes, and some for ToMoE; nothing else running)"
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make lint       ruff: format and rules"
@@ -39,6 +40,10 @@ test-real: env
 test-browser: env
 	$(BIN)/python -m pytest -m browser -rs
 
+coverage: export COVERAGE_FILE := $(CURDIR)/.coverage
+coverage: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-config=pyproject.toml --cov-report=term-missing:skip-covered
+
 bench: env
 	$(BIN)/python benchmarks/bench.py
 
@@ -54,4 +59,4 @@ format: env
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .coverage*
