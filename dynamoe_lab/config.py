@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -37,14 +38,9 @@ __all__ = [
 ]
 
 _LONGEST_FILE = 1_000_000  # bytes of a profile or a sweep
-_LARGEST = {  # more than any machine has, holds or waits for
-    "threads": 1_024,
-    "bootstrap": 1_000_000,
-    "router_hidden_size": 1_000_000,
-    "num_experts": 4_096,
-    "embedding_size": 65_536,
-    "noise_size": 65_536,
-}
+# More than any machine has, holds or waits for.
+_LARGEST = {"threads": 1_024, "bootstrap": 10**6, "router_hidden_size": 10**6, "num_experts": 4_096, "embedding_size": 65_536}
+_LARGEST |= {"noise_size": 65_536}
 # Method -> its two sections of an `Experiment`: its own settings and those of its training. See docs/extending.md, "A method".
 METHODS = {"dynamoe": ("dynamoe", "train"), "tomoe": ("tomoe", "tomoe_train")}
 
@@ -111,6 +107,9 @@ class TrainSettings:
     report_to: list[str] = field(default_factory=list)  # Trainer's trackers by name: tensorboard, wandb, trackio, mlflow
 
     def __post_init__(self) -> None:
+        for item in fields(self):  # OmegaConf checks types, code does not
+            if item.type is int and (isinstance(value := getattr(self, item.name), bool) or not isinstance(value, Integral)):
+                raise InputError(f"{self.section}.{item.name} = {value}: give a whole number")
         _at_least(self.section, self, steps=0, batch_size=1, accumulation=1, weight_decay=0, warmup_steps=0, max_grad_norm=0)
         _at_least(self.section, self, save_steps=1, log_steps=1, eval_steps=0, eval_blocks=0, divergence=0)
         schedules = [kind.value for kind in SchedulerType]
@@ -262,7 +261,7 @@ def _profile_path(profile: str) -> Path:
 
 
 def read_profile(profile: str) -> tuple[Any, dict[str, Any]]:
-    """A profile's differences of the experiment, and its section `notebooks`: parameters by notebook, which the runner reads.
+    """A profile's differences of the experiment, and its section `notebooks`: parameters by notebook, for the runner.
 
     Raises `InputError`: an unknown profile, a file that is no YAML, a section `notebooks` that is no map.
     """
@@ -270,10 +269,10 @@ def read_profile(profile: str) -> tuple[Any, dict[str, Any]]:
 
     path = _profile_path(profile)
     layer = read_yaml(path, str(path))
-    notebooks = layer.pop("notebooks", None)
-    if notebooks is not None and not OmegaConf.is_dict(notebooks):
+    notebooks = OmegaConf.to_container(OmegaConf.create({"": layer.pop("notebooks", None) or {}}))[""]
+    if not isinstance(notebooks, dict):
         raise InputError(f"{path}: notebooks is no map; write e.g. notebooks: {{06_pareto: {{trained: [0.8, 0.9]}}}}")
-    return layer, {} if notebooks is None else OmegaConf.to_container(notebooks)
+    return layer, notebooks
 
 
 def read_yaml(path: Path, what: str) -> Any:

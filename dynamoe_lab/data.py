@@ -108,17 +108,21 @@ def as_blocks(blocks: "Blocks | torch.Tensor") -> Blocks:
 
 
 def require_blocks(
-    blocks: "Blocks | torch.Tensor", function: str, *, model: "PreTrainedModel | None" = None, batch_size: int = 1
+    blocks: "Blocks | torch.Tensor", function: str, *, model: "PreTrainedModel | None" = None, batch_size: int = 1, context: int = 1
 ) -> Blocks:
     """`as_blocks`, for a function that needs at least one block, of token ids that are some, and that `model` has an embedding for.
 
     Raises:
         InputError: naming the function: as above (torch would say only that an index is out of range), or a batch size below 1, with which
-            no forward would run and nothing be measured.
+            no forward would run and nothing be measured; or blocks of fewer than `context` tokens.
     """
     blocks = as_blocks(blocks)
     if not blocks.tokens:
         raise InputError(f"{function}: no blocks of text; ask load_blocks for more tokens")
+    if blocks.context < context:
+        raise InputError(
+            f"{function}: context {blocks.context}: give blocks of at least {context} tokens, of which the first predicts the next"
+        )
     if batch_size < 1:
         raise InputError(f"{function}: batch_size = {batch_size}: give at least 1 block of a forward")
     least, most = (int(bound) for bound in torch.aminmax(blocks.ids))

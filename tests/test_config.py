@@ -139,6 +139,13 @@ def test_counts_of_tomoe_are_whole_numbers(changes):
         ToMoEConfig(**changes)
 
 
+@pytest.mark.parametrize("changes", [{"steps": 1.5}, {"batch_size": True}, {"seed": "0"}, {"save_steps": 2.0}])
+def test_counts_of_training_are_whole_numbers(changes):
+    (name,) = changes
+    with pytest.raises(InputError, match=rf"train\.{name} = .*: give a whole number"):
+        TrainConfig(**changes)
+
+
 @pytest.mark.parametrize("name", ["p", "mask_temperature", "lambda_kl", "mask_offset"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_settings_of_tomoe_are_finite(name, value):

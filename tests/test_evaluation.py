@@ -258,3 +258,9 @@ def test_ids_that_the_model_does_not_have_are_told(function, bad, told):
 def test_no_batch_is_no_measurement(function):
     with pytest.raises(InputError, match="batch_size = -1"):
         function(make_converted(), make_blocks(2), batch_size=-1)
+
+
+@pytest.mark.parametrize("function", [document_losses, expert_similarity])
+def test_blocks_of_one_token_predict_nothing(function):
+    with pytest.raises(InputError, match="context 1: give blocks of at least 2 tokens"):
+        function(make_converted(), torch.tensor([[5], [7]]))

@@ -233,8 +233,8 @@ def time_parts(
         if not converted:
             raise InputError(f"{function}: {type(model).__name__} has no experts; convert it first with lab.convert, or give no routing")
         check_routing(model, routing, function)
-    if repeats < 1:
-        raise InputError(f"{function}: repeats = {repeats}: give at least 1")
+    if not isinstance(repeats, Integral) or repeats < 1:
+        raise InputError(f"{function}: repeats = {repeats}: give a whole number of at least 1")
     work = Work(model, phase, step_ids(model, function, phase=phase, batch=batch, tokens=tokens, steps=1, ids=ids, seed=seed), tokens)
     measured = []
     with torch.inference_mode(), ExitStack() as stack:

@@ -52,7 +52,7 @@ def document_losses(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_si
         0         0   text       7
         1         1   text       7
     """
-    blocks = require_blocks(blocks, "document_losses", model=model, batch_size=batch_size)
+    blocks = require_blocks(blocks, "document_losses", model=model, batch_size=batch_size, context=2)
     # One array from the start: small results kept between forwards would lie where the next logits have to go, and memory would grow.
     losses = np.empty((len(blocks), blocks.ids.shape[1] - 1))
     with in_eval_mode(model):

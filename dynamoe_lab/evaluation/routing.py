@@ -174,7 +174,7 @@ def expert_similarity(model: PreTrainedModel, blocks: Blocks | Tensor, *, batch_
         >>> round(float(similarity["mean"].iloc[-1]), 3)  # the last is the whole MLP
         1.0
     """
-    blocks = require_blocks(blocks, "expert_similarity", model=model, batch_size=batch_size)
+    blocks = require_blocks(blocks, "expert_similarity", model=model, batch_size=batch_size, context=2)
     with evaluating(model, "expert_similarity", "full", labels=True):
         collected: list[list[Tensor]] = [[] for _ in model.routed_mlps()]
         for start in range(0, len(blocks), batch_size):

@@ -38,7 +38,7 @@ class ToMoEConfig:
     mask_offset: float = 3.0  # added to mask logits, so that training starts with nearly everything open
     lambda_kl: float = 2.0  # weights of the four losses
     lambda_ratio: float = 16.0  # R_P: active ratio against p
-    lambda_union: float = 3.0  # R_U, the paper's beta: every neuron in some expert
+    lambda_union: float = 3.0  # R_U, the paper's beta: every neuron in some expert; 3 in its code, it asks about 0 and 2
     lambda_balance: float = 1.0  # R_L: experts used alike
     embedding_size: int = 128  # of expert embeddings; half of it per direction of the GRU
     noise_size: int = 32  # of z, the hypernetwork's fixed input

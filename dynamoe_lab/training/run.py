@@ -88,7 +88,7 @@ def train(
         1  train     2      64
     """
     kind, config = _trainer_of(model, config)
-    blocks = require_blocks(blocks, "train", model=model)
+    blocks = require_blocks(blocks, "train", model=model, context=2)
     heldout = _heldout_of(heldout, config, model)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
