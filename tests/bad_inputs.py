@@ -222,6 +222,7 @@ NOTEBOOKS: dict[str, Case] = {
     "parameter: a month 13": (notebook("n=2001-13-45"), ["n=2001-13-45", "month"]),
     "parameter: holds itself": (notebook("seeds=&a [*a]"), ["seeds=", "Circular"]),
     "parameter: python tags": (notebook("seeds=!!python/object/apply:os.system ['touch ran']"), ["seeds=", "os.system"]),
+    "parameter: a key that is no text": (notebook("seeds=[{1: 2}]"), ["seeds=", "put keys in quotes"]),
     "parameter: no choice": (notebook("how=c"), ["how is a Literal['a', 'b']"]),
     "parameter: nobody's": (notebook("nothing=1"), ["'nothing'", "known are"]),
     "parameter: no UTF-8": (notebook("word=\udcff"), ["not UTF-8", "type it again"]),

@@ -115,7 +115,7 @@ def profile_values(section: Any, parameters: dict[str, Parameter], where: str) -
             near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
             raise InputError(f"{where}: no parameter {name!r}; " + (f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"))
         fits, values[name] = _first_fit(ast.parse(parameters[name].annotation, mode="eval").body, value)
-        if not fits:
+        if not fits or not _keys_are_texts(value):
             wanted = f"{name} is a {parameters[name].annotation} (default {parameters[name].default!r})"
             raise InputError(f"{where}: {name} = {value!r}, but {wanted}; correct it")
     return values
@@ -154,6 +154,8 @@ def parse_value(parameter: Parameter, text: str) -> Any:
             f"-p {parameter.name}={text}: the value cannot be read as YAML of numbers, texts, lists and maps ({first_line(error)}); "
             "put texts in quotes"
         ) from error
+    if not _keys_are_texts(value):  # papermill would write another key
+        raise InputError(f"-p {parameter.name}={text}: a key of a map is no text; put keys in quotes, e.g. {{'1': a}}")
     for wanted in _alternatives(ast.parse(parameter.annotation, mode="eval").body):
         fits, converted = _fit(wanted, value, text)
         if fits:
@@ -165,6 +167,12 @@ def parse_value(parameter: Parameter, text: str) -> Any:
         f"-p {parameter.name}={text}: {parameter.name} is a {parameter.annotation} (default {parameter.default!r})"
         + (f"; write e.g. -p '{parameter.name}={example}'" if example else "")
     )
+
+
+def _keys_are_texts(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _keys_are_texts(item) for key, item in value.items())
+    return all(_keys_are_texts(item) for item in value) if isinstance(value, list) else True
 
 
 def _alternatives(node: ast.expr) -> list[ast.expr]:
