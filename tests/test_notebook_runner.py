@@ -166,6 +166,7 @@ def test_a_profile_has_parameters_for_notebooks(project):
         ("{c: {}}", r"notebooks\.c: no such notebook"),
         ("{a: [1]}", r"notebooks\.a: no map of parameters"),
         ("{a: {widht: 3}}", r"notebooks\.a: no parameter 'widht'; did you mean width"),
+        ("{a: {free: [{1: 2}]}}", r"notebooks\.a: free = .*: a key of a map is no text; put keys in quotes"),
         ("{a: {width: wide}}", r"notebooks\.a: width = 'wide', but width is a int \(default 3\)"),
         ("{a: {output: x}}", r"notebooks\.a: no parameter 'output'"),
         ("{a: {overrides: [dynamoe.teta=0.8]}}", r"did you mean dynamoe\.theta"),

@@ -115,7 +115,9 @@ def profile_values(section: Any, parameters: dict[str, Parameter], where: str) -
             near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
             raise InputError(f"{where}: no parameter {name!r}; " + (f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"))
         fits, values[name] = _first_fit(ast.parse(parameters[name].annotation, mode="eval").body, value)
-        if not fits or not _keys_are_texts(value):
+        if not _keys_are_texts(value):
+            raise InputError(f"{where}: {name} = {value!r}: a key of a map is no text; put keys in quotes, e.g. {{'1': a}}")
+        if not fits:
             wanted = f"{name} is a {parameters[name].annotation} (default {parameters[name].default!r})"
             raise InputError(f"{where}: {name} = {value!r}, but {wanted}; correct it")
     return values
