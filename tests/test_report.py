@@ -224,7 +224,7 @@ def test_headlines_open_the_page_in_the_order_a_reader_asks(tmp_path):
     assert text.index("Headline of 12") < text.index('<section id="00_explore">') < text.index("Also of 00_explore.")
     assert 'href="#06_pareto-usage"' in text
     assert "06_pareto-usage" in page.ids
-    short = text[text.index("In short") : text.index("Notebooks")]
+    short = text[text.index("The findings, one by one") : text.index("Notebooks")]
     assert short.index("Headline of 00") < short.index("<summary>1 more</summary>") < short.index("Headline of 12")
 
 

@@ -1,21 +1,28 @@
 """`build_report`: one page from the records of a report folder; a pure function of them, so the same records give the same bytes.
 
-It reads `record.json`, the csv of tables and the sanitized texts, and computes nothing: no torch, no pandas, no clock. The headline
-findings come first, in the order in which a reader asks, each linked to the figure it was computed from; then a section a notebook with its
-question, other findings, figures, tables, numbers and steps; then what it all ran on.
+It reads `record.json`, the csv of figures and tables and the sanitized texts, and measures nothing: no torch, no clock. First the headline
+findings, in the order in which a reader asks, each linked to the figure it was computed from; then what every setting costs and saves, and
+the papers' claims with a verdict each, both computed from those csv; then a section a notebook with its question, other findings, figures,
+tables, numbers and steps; then what it all ran on.
 """
 
 import csv
+import math
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamoe_lab.errors import InputError
 from dynamoe_lab.workbench.files import locked, remove_leftovers, sha256, told_when_full, write_atomic
 from dynamoe_lab.workbench.records import RECORD_NAME, Artifact, Finding, Record, StoredFile, effective_status, load_records, place_text
+from dynamoe_lab.workbench.report_tables import ReportTables
 from dynamoe_lab.workbench.terminal import duration_text, number_text, size_text
+
+if TYPE_CHECKING:
+    from dynamoe_lab.analysis.findings.claims import Claim
 
 __all__ = ["build_report"]
 
@@ -32,6 +39,7 @@ class _Table:
     header: list[str]
     rows: list[list[tuple[str, bool]]]  # text of a cell, and whether it is a number
     omitted: int
+    caption: str = ""
 
 
 @dataclass
@@ -90,7 +98,8 @@ def _build(folder: Path, expected: Sequence[str] | None) -> Path:
     """`build_report`, alone: of two at a time the later one must not write a page of older records."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    sections = [_section(record, folder) for record in load_records(folder)]
+    records = load_records(folder)
+    sections, tables = [_section(record, folder) for record in records], ReportTables(folder, records)
     names = _project_notebooks(folder) if expected is None else expected
     profiles = sorted({section.record.run.profile for section in sections})
     made = {section.name for section in sections}
@@ -104,6 +113,8 @@ def _build(folder: Path, expected: Sequence[str] | None) -> Path:
         sections=sections,
         words=STATUS_WORDS,
         headlines=_headlines(sections),
+        settings=_settings(tables),
+        claims=_claims(tables),
         most=FINDINGS,
         troubled=[section for section in sections if section.status not in ("ok", "running")],
         missing=[(name, f"dynamoe-lab run {name} --profile {profiles[0]}") for name in names if name not in made],
@@ -205,6 +216,28 @@ def _headlines(sections: list[_Section]) -> list[tuple[_Section, Finding]]:
     return [(section, finding) for section in ordered for finding in section.record.results.findings if finding.headline]
 
 
+def _settings(tables: ReportTables) -> _Table | None:
+    """What every setting costs and saves; None without a frontier."""
+    from dynamoe_lab.analysis.findings.claims import UNMEASURED
+    from dynamoe_lab.analysis.findings.settings import SETTINGS_HEADER, settings_note, settings_rows, settings_table
+
+    try:
+        table = settings_table(tables["06_pareto/pareto"])
+        rows = [[(text, place > 0) for place, text in enumerate(row)] for row in settings_rows(table)]
+        return _Table(SETTINGS_HEADER, rows, 0, settings_note(table)) if len(rows) > 1 else None
+    except UNMEASURED:
+        return None
+
+
+def _claims(tables: ReportTables) -> "list[tuple[str, list[Claim]]]":
+    """The papers' claims, a group a paper and one for what was left open; none if no table of theirs is there."""
+    from dynamoe_lab.analysis.findings.claims import ORIGINS, measured_claims
+
+    found = measured_claims(tables)
+    groups = [(title, [claim for claim in found if claim.origin == origin]) for origin, title in ORIGINS.items()]
+    return [(title, claims) for title, claims in groups if claims]
+
+
 def _unbroken(text: str) -> str:
     """A sentence whose numbers keep their signs and units on one line."""
     return text.replace(" %", "\u00a0%").replace(" = ", "\u00a0=\u00a0")
@@ -221,8 +254,6 @@ def _facts(sections: list[_Section]) -> list[tuple[str, str]]:
         ("Label", ("dynamoe", "label")),
         ("θ", ("dynamoe", "theta")),
         ("λ LM, λ router", ("dynamoe", "lambda_lm"), ("dynamoe", "lambda_router")),
-        ("Training tokens", ("data", "train_tokens")),
-        ("Optimizer steps", ("train", "steps")),
         ("Held-out tokens", ("data", "heldout_tokens")),
         ("Text", ("data", "train")),
         ("Context", ("data", "context")),
@@ -238,7 +269,26 @@ def _facts(sections: list[_Section]) -> list[tuple[str, str]]:
                 values.append(text)
         if values:
             facts.append((label, " | ".join(values)))
-    return facts
+    trained = [(f"{name} trained on", _budgets(sections, part)) for name, part in (("DynaMoE", "train"), ("ToMoE", "tomoe_train"))]
+    place = next((number for number, (label, _) in enumerate(facts) if label == "Held-out tokens"), len(facts))
+    return facts[:place] + [(label, text) for label, text in trained if text] + facts[place:]
+
+
+def _budgets(sections: list[_Section], part: str) -> str:
+    """Training tokens of a method by its notebooks' settings: the commonest budget, and which notebooks have another."""
+    budgets: dict[str, int] = {}
+    for section in sections:
+        config = section.record.run.config
+        sizes = [_at(config, (part, name)) for name in ("steps", "batch_size", "accumulation")] + [_at(config, ("data", "context"))]
+        if all(isinstance(size, int) for size in sizes) and (part == "train" or "tomoe" in section.name):
+            budgets[section.name] = math.prod(sizes)
+    if not any(budgets.values()):
+        return ""
+    from dynamoe_lab.analysis.frames import list_names
+
+    (usual, _), *_ = Counter(budgets.values()).most_common(1)
+    other = [f"{tokens:,} in {name}" for name, tokens in budgets.items() if tokens != usual]
+    return f"{usual:,} tokens{f' ({list_names(other, 12)})' if other else ''}"
 
 
 def _at(config: Any, path: Sequence[str]) -> Any:

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from dynamoe_lab.analysis.findings.wording import one_row, tokens_text, verdict
+from dynamoe_lab.analysis.findings.wording import one_row, small_text, tokens_text, verdict
 from dynamoe_lab.analysis.frames import ALL, compact, label_note, one_run, percent, require, split_layers
 from dynamoe_lab.plural import plural
 
@@ -31,8 +31,8 @@ def conversion_finding(change: pd.DataFrame, *, tolerance: float = 0.01) -> str:
     same = row["max_abs"] <= tolerance
     return (
         f"At full width the converted model {'computes the same function as' if same else 'differs from'} the dense one: over "
-        f"{tokens_text(row['tokens'])} no logit changes by more than {row['max_abs']:.2g}, and the most likely next token is the same for "
-        f"{percent(row['agreement'], 1)} of them."
+        f"{tokens_text(row['tokens'])} no logit changes by more than {small_text(row['max_abs'])}, and the most likely next token is the same "
+        f"for {percent(row['agreement'], 1)} of them."
     )
 
 

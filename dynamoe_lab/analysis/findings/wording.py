@@ -20,6 +20,7 @@ __all__ = [
     "one_row",
     "points_text",
     "sample_text",
+    "small_text",
     "tokens_text",
     "verdict",
 ]
@@ -33,6 +34,11 @@ def one_row(frame: pd.DataFrame, columns: Sequence[str], function: str) -> pd.Se
     if len(frame) != 1:
         raise InputError(f"{function}: one row is needed, the frame has {len(frame)}")
     return frame.iloc[0]
+
+
+def small_text(value: float) -> str:
+    """A small number in two digits, written out: 7.96e-05 -> '0.00008'."""
+    return np.format_float_positional(float(f"{value:.2g}"), trim="-")
 
 
 def tokens_text(count: float) -> str:

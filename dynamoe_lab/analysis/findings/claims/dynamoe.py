@@ -1,0 +1,299 @@
+"""The claims of DynaMoE (arXiv 2502.12325), each measured beside its chance level or control."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from dynamoe_lab.analysis.findings.claims.claim import (
+    FAILS,
+    HOLDS,
+    UNDECIDED,
+    Claim,
+    Tables,
+    by_interval,
+    extremes,
+    points,
+    ratio,
+    share,
+    together,
+)
+from dynamoe_lab.analysis.findings.wording import small_text
+from dynamoe_lab.analysis.frames import compact, percent, signed, split_layers
+from dynamoe_lab.analysis.metrics.benchmarks import paper_table
+from dynamoe_lab.analysis.metrics.collapse import collapsed_layers
+from dynamoe_lab.analysis.metrics.pareto import ACCURACY, pareto_points
+from dynamoe_lab.plural import plural
+
+__all__ = ["CLAIMS"]
+
+ROUNDING = 0.01  # logits; float32 sums in another order give some 1e-4
+
+
+def function_kept(tables: Tables) -> Claim:
+    """Section 3: reordering neurons by importance leaves the function unchanged."""
+    source = "01_convert/logit_change"
+    row = tables[source].iloc[0]
+    return Claim(
+        "Sorting the neurons of every MLP by importance leaves the model's function unchanged",
+        "DynaMoE",
+        "the same function",
+        f"no logit moves by more than {small_text(row['max_abs'])}; the next token is the same for {percent(row['agreement'], 2)}",
+        f"logits of standard deviation {row['logit_scale']:.2g}",
+        plural(row["tokens"], "token"),
+        HOLDS if row["max_abs"] <= ROUNDING else FAILS,
+        source,
+    )
+
+
+def router_learns(tables: Tables) -> Claim:
+    """A router of two layers learns the label: above the layer's commonest label and above the token's id."""
+    source = "04_router_confusion/router_chance"
+    row = _pooled(tables[source])
+    known = [("majority", "commonest label of each layer"), ("token_id", "a router that sees only the token's id")]
+    known = [(name, told) for name, told in known if np.isfinite(row[name])]
+    control = "; ".join(
+        f"{told} {percent(row[name], 1)}: {points(row[f'minus_{name}'], row[f'minus_{name}_low'], row[f'minus_{name}_high'])}"
+        for name, told in known
+    )
+    ends = [(row[f"minus_{name}_low"], row[f"minus_{name}_high"]) for name, _ in known]
+    return Claim(
+        "A small router learns which expert a token needs",
+        "DynaMoE",
+        "",
+        f"right for {share(row['accuracy'], row['accuracy_low'], row['accuracy_high'])} of the choices",
+        control,
+        _sample(row),
+        by_interval(min(low for low, _ in ends), min(high for _, high in ends)),
+        source,
+    )
+
+
+def neighbours(tables: Tables) -> Claim:
+    """Router errors fall on neighbouring classes, beyond what the marginals alone would give."""
+    source = "04_router_confusion/router_chance"
+    row = _pooled(tables[source])
+    found, difference = ([row[f"{name}{end}"] for end in ("", "_low", "_high")] for name in ("neighbour_share", "neighbour_minus_chance"))
+    return Claim(
+        "Router errors fall on neighbouring experts",
+        "DynaMoE",
+        "most of them",
+        f"{share(*found)} of the errors miss by one expert",
+        f"{percent(row['neighbour_chance'], 1)} by chance (same marginals): {points(*difference)}",
+        f"{plural(row['errors'], 'error')}, {plural(row['documents'], 'document')}",
+        by_interval(*difference[1:]),
+        source,
+    )
+
+
+def usage_by_layer(tables: Tables) -> Claim:
+    """Expert usage differs by layer."""
+    source = "05_expert_usage/active_by_layer"
+    layers, pooled = split_layers(tables[source])
+    whole = pooled.iloc[0]
+    least, most, difference, error = extremes(layers, "active_fraction", confidence=whole["confidence"])
+    text = " to ".join(f"{share(row['active_fraction'], row['low'], row['high'])} in layer {row['layer']}" for row in (least, most))
+    return Claim(
+        "Expert usage differs from layer to layer",
+        "DynaMoE",
+        "",
+        f"neurons that run: {text}",
+        f"no difference: {points(difference, difference - error, difference + error)}, allowing for all pairs of layers",
+        _sample(whole),
+        by_interval(difference - error, difference + error),
+        source,
+    )
+
+
+def usage_by_theta(tables: Tables) -> Claim:
+    """Expert usage differs by θ."""
+    source = "06_pareto/theta_usage"
+    rows = _first_seed(split_layers(tables[source])[1], "train.seed").sort_values("theta")
+    least, most, difference, error = extremes(rows, "active_fraction", confidence=rows["confidence"].iloc[0])
+    if not least["theta"] < most["theta"]:  # picked by size: as claimed only if the higher θ runs more
+        difference = -difference
+    text = ", ".join(f"{share(row.active_fraction, row.low, row.high)} at θ = {row.theta:g}" for row in rows.itertuples())
+    return Claim(
+        "Expert usage differs with θ: a higher θ runs more neurons",
+        "DynaMoE",
+        "4.6, 5.1 and 6 of 7 B parameters at θ = 0.7, 0.8, 0.9",
+        f"neurons that run: {text}",
+        f"no difference: {points(difference, difference - error, difference + error)}, allowing for all pairs of θ",
+        _sample(rows.iloc[0]),
+        by_interval(difference - error, difference + error),
+        source,
+    )
+
+
+def collapse(tables: Tables) -> Claim:
+    """Without the router loss (λ_router = 0) every layer uses one fixed expert."""
+    source = "07_collapse/collapse"
+    frame = tables[source]
+    strict, loose = (collapsed_layers(frame, threshold=threshold) for threshold in (0.99, 0.95))
+    free, layers = strict[strict["lambda_router"] == 0], strict["layer"].nunique()
+    texts, verdicts = [], []
+    for gradient, rows in free.groupby("router_gradient"):
+        counts, nearly = rows.groupby("seed")["collapsed"].sum(), _same_runs(loose, rows).groupby("seed")["collapsed"].sum()
+        most = _same_runs(frame, rows).groupby("expert")["share"].mean()
+        place = most.idxmax() + 1
+        texts.append(
+            f"{_span(counts)} of {layers} layers give one expert 99 % of the tokens ({_span(nearly)} layers 95 %); expert {place} of "
+            f"{len(most)} takes {percent(most.max(), 1)} of all tokens ({gradient.replace('_', '-')} gradient)"
+        )
+        verdicts.append(HOLDS if (counts == layers).all() else UNDECIDED if (counts == layers).any() else FAILS)
+    full = strict[strict["lambda_router"] == strict["lambda_router"].max()]
+    control = "no supervised run"
+    if full["lambda_router"].iloc[0] > 0:
+        seeds = full.groupby(["router_gradient", "seed"])["collapsed"].sum()
+        control = f"with λ = {full['lambda_router'].iloc[0]:g}: {_span(seeds)} of {layers} layers at 99 %"
+    return Claim(
+        "Without router supervision (λ = 0) every layer collapses to one fixed expert",
+        "DynaMoE",
+        "every layer",
+        "; ".join(texts),
+        control,
+        f"{plural(free['seed'].nunique(), 'seed')}, {plural(free['tokens'].max(), 'token')} in each layer",
+        together(*verdicts),
+        source,
+    )
+
+
+def theta_and_perplexity(tables: Tables) -> Claim:
+    """θ trades quality for active parameters: perplexity falls with every step of θ."""
+    source = "06_pareto/theta_steps"
+    steps = _first_seed(tables[source], "seed").sort_values("theta")
+    routed = pareto_points(_rows(tables["06_pareto/pareto"], "perplexity_ratio"))
+    routed = routed[(routed["method"] == "router") & (routed["train_tokens"] > 0)].sort_values("theta")
+    text = ", ".join(
+        f"{ratio(row.value, row.low, row.high)} at θ = {row.theta:g} ({compact(row.active_params)} active)" for row in routed.itertuples()
+    )
+    told = ", ".join(f"{ratio(row.ratio, row.low, row.high)} at {row.theta:g} over {row.lower_theta:g}" for row in steps.itertuples())
+    verdicts = [
+        by_interval(row.low, row.high, at=1.0, above=False) if row.active_params > row.lower_active_params else FAILS
+        for row in steps.itertuples()
+    ]
+    return Claim(
+        "θ trades perplexity for active parameters",
+        "DynaMoE",
+        "",
+        f"times the dense perplexity: {text}",
+        f"1 would be no gain from a step of θ: {told}",
+        f"{plural(steps['n'].min(), 'document')}, {plural(steps['tokens'].min(), 'token')}",
+        together(*verdicts),
+        source,
+    )
+
+
+def theta_and_accuracy(tables: Tables) -> Claim:
+    """θ trades accuracy for active parameters: the higher θ scores better on the benchmarks."""
+    source = "06_pareto/theta_accuracy"
+    steps = tables[source]
+    steps = steps[steps["task"] == "average"]
+    points_ = _accuracy(tables)
+    dense, routed = points_[points_["method"] == "dense"].iloc[0], points_[points_["method"] == "router"].sort_values("theta")
+    text = ", ".join(f"{percent(row.value, 1)} at θ = {row.theta:g} ({compact(row.active_params)} active)" for row in routed.itertuples())
+    told = ", ".join(f"{points(row.difference, row.low, row.high)} for {row.run}" for row in steps.itertuples())
+    chance = tables["06_pareto/pareto"]["chance"].max()
+    verdicts = [by_interval(low, high) for low, high in zip(steps["low"], steps["high"], strict=True)]
+    return Claim(
+        "θ trades benchmark accuracy for active parameters",
+        "DynaMoE",
+        "64.0, 66.5 and 70.1 % at θ = 0.7, 0.8, 0.9 (dense 74.2 %)",
+        f"average accuracy {text}",
+        f"dense {percent(dense['value'], 1)}, guessing {percent(chance, 1)}; {told}",
+        f"{int(routed['n'].min()):,} documents of 7 tasks",
+        together(*verdicts),
+        source,
+    )
+
+
+def accuracy_at(theta: float) -> Callable[[Tables], Claim]:
+    """Table 1: how much of its base model's accuracy the converted one loses at θ, as a share of it."""
+
+    def claim(tables: Tables) -> Claim:
+        paper = paper_table().set_index("model").loc[f"DynaMoE θ={theta:g}"]
+        change, active = paper["average7_change"], 1 + paper["active_params_change"]
+        rows = _accuracy(tables)
+        dense = rows[rows["method"] == "dense"].iloc[0]
+        row = rows[(rows["method"] == "router") & (rows["theta"] == theta)]
+        if row.empty:
+            raise KeyError(f"accuracy at θ = {theta:g}")
+        row = row.iloc[0]
+        value, low, high = (row[name] / dense["value"] - 1 for name in ("value", "low", "high"))
+        own = row["active_params"] / dense["active_params"]
+        return Claim(
+            f"At θ = {theta:g} the seven tasks lose {percent(-change, 1)} of the base model's accuracy, or less",
+            "DynaMoE",
+            f"{signed(100 * change, 1)} % with {percent(active)} of the parameters active",
+            f"{signed(100 * value, 1)} % ({signed(100 * low, 1)} to {signed(100 * high, 1)}) with {percent(own)} active",
+            f"guessing would be {signed(100 * (tables['06_pareto/pareto']['chance'].max() / dense['value'] - 1), 1)} %",
+            f"{int(row['n']):,} documents of 7 tasks",
+            by_interval(low, high, at=change),
+            "06_pareto/pareto",
+        )
+
+    return claim
+
+
+def flextron(_: Tables) -> Claim:
+    """Table 1 beside Flextron: not run, since no code of it is public."""
+    return Claim(
+        "With a ninth of Flextron's training tokens accuracy comes close to it (θ = 0.7)",
+        "DynaMoE",
+        "67.7 % at 4.6 B against 68.3 % at 4.1 B, on average over four tasks",
+        "not run: Flextron's code is not public",
+        "",
+        "",
+        UNDECIDED,
+    )
+
+
+CLAIMS = (
+    function_kept,
+    router_learns,
+    neighbours,
+    usage_by_layer,
+    usage_by_theta,
+    collapse,
+    theta_and_perplexity,
+    theta_and_accuracy,
+    accuracy_at(0.9),
+    accuracy_at(0.8),
+    flextron,
+)
+
+
+# --- rows --------------------------------------------------------------------------------------------------------------------------
+
+
+def _pooled(frame: pd.DataFrame) -> pd.Series:
+    return split_layers(frame)[1].iloc[0]
+
+
+def _first_seed(frame: pd.DataFrame, seed: str) -> pd.DataFrame:
+    return frame[frame[seed] == frame[seed].min()]
+
+
+def _rows(pareto: pd.DataFrame, metric: str) -> pd.DataFrame:
+    rows = pareto[pareto["metric"] == metric]
+    if rows.empty:
+        raise KeyError(metric)
+    return rows
+
+
+def _accuracy(tables: Tables) -> pd.DataFrame:
+    return pareto_points(_rows(tables["06_pareto/pareto"], ACCURACY))
+
+
+def _same_runs(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    gradient, weight = rows["router_gradient"].iloc[0], rows["lambda_router"].iloc[0]
+    return frame[(frame["router_gradient"] == gradient) & (frame["lambda_router"] == weight)]
+
+
+def _span(counts: pd.Series) -> str:
+    """'12', or '12 to 15 (by seed)'."""
+    return f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
+
+
+def _sample(row: pd.Series) -> str:
+    return f"{plural(row['tokens'], 'choice' if 'errors' in row else 'token and layer')}, {plural(row['documents'], 'document')}"
