@@ -29,10 +29,11 @@ def conversion_finding(change: pd.DataFrame, *, tolerance: float = 0.01) -> str:
     """
     row = one_row(change, ("max_abs", "agreement", "tokens"), "conversion_finding")
     same = row["max_abs"] <= tolerance
+    moved = small_text(row["max_abs"])
     return (
         f"At full width the converted model {'computes the same function as' if same else 'differs from'} the dense one: over "
-        f"{tokens_text(row['tokens'])} no logit changes by more than {small_text(row['max_abs'])}, and the most likely next token is the same "
-        f"for {percent(row['agreement'], 1)} of them."
+        f"{tokens_text(row['tokens'])} no logit changes by more than {moved}, and the most likely next token is the same for "
+        f"{percent(row['agreement'], 1)} of them."
     )
 
 
