@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from dynamoe_lab.analysis.frames import compact, label_note, percent, require
@@ -101,7 +102,8 @@ def _references(axes: np.ndarray, dense_loss: float | None, majority: float | No
         low, high = ax.get_ylim()
         ax.set_ylim(min(low, value - 0.06 * (high - low)), max(high, value + 0.06 * (high - low)))
         place = {"xycoords": ("axes fraction", "data"), "xytext": (-2, -2 if below else 2), "textcoords": "offset points"}
-        ax.annotate(name, (1, value), ha="right", va="top" if below else "bottom", fontsize=6.5, color=look["color"], **place)
+        note = ax.annotate(name, (1, value), ha="right", va="top" if below else "bottom", fontsize=6.5, color=look["color"], **place)
+        note.set_path_effects([withStroke(linewidth=2, foreground="white")])  # curves may cross it
 
     if dense_loss is not None:
         line(axes[0, 0], dense_loss, f"dense model, held-out {dense_loss:.2f}", DENSE)
