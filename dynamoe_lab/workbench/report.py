@@ -98,6 +98,8 @@ def _build(folder: Path, expected: Sequence[str] | None) -> Path:
     """`build_report`, alone: of two at a time the later one must not write a page of older records."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from dynamoe_lab.analysis.findings.claims import RULE
+
     records = load_records(folder)
     sections, tables = [_section(record, folder) for record in records], ReportTables(folder, records)
     names = _project_notebooks(folder) if expected is None else expected
@@ -115,6 +117,7 @@ def _build(folder: Path, expected: Sequence[str] | None) -> Path:
         headlines=_headlines(sections),
         settings=_settings(tables),
         claims=_claims(tables),
+        rule=RULE,
         most=FINDINGS,
         troubled=[section for section in sections if section.status not in ("ok", "running")],
         missing=[(name, f"dynamoe-lab run {name} --profile {profiles[0]}") for name in names if name not in made],

@@ -1,9 +1,6 @@
 """The papers' claims beside what a report measured, each with its chance level, n, interval and a verdict that falls by a rule.
 
-A function a claim: tables of a report in, a `Claim` out. A claim whose tables are not there is left out. The rule of all verdicts:
-*holds* if the 95 % interval of the difference to chance, control or the paper's number lies wholly on the claimed side, *does not hold
-at this scale* if it lies wholly on the other side, else *undecided*. Where a count or a fixed rule decides, the claim says so. Intervals
-are over documents (of times, over rounds), so a verdict is of one training unless the claim names seeds.
+A function a claim: tables of a report in, a `Claim` out. A claim whose tables are not there is left out. Verdicts fall by `RULE`.
 """
 
 from collections.abc import Iterable
@@ -13,6 +10,13 @@ import pandas as pd
 from dynamoe_lab.analysis.findings.claims import dynamoe, open_questions, tomoe
 from dynamoe_lab.analysis.findings.claims.claim import FAILS, HOLDS, UNDECIDED, Claim, Tables, Verdict, by_interval
 from dynamoe_lab.errors import InputError
+
+RULE = (
+    "Holds: the 95 % interval of the difference to chance, to the control or to the paper's number lies wholly on the side that is "
+    "claimed; does not hold at this scale: wholly on the other side; else undecided. Where a count or a fixed rule decides, the row says "
+    "so. Intervals are over documents (of times, over rounds): a verdict is of one training, unless the row names seeds."
+)
+"""The rule of all verdicts, as a reader of the table is told it."""
 
 UNMEASURED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, InputError)
 """What a table raises that is not there, lacks the column of an option that was not run, or came from elsewhere and is no such table."""
@@ -28,6 +32,7 @@ __all__ = [
     "FAILS",
     "HOLDS",
     "ORIGINS",
+    "RULE",
     "UNDECIDED",
     "UNMEASURED",
     "Claim",
