@@ -28,6 +28,7 @@ __all__ = ["build_report"]
 
 RANDOM_MODEL = "smollm2-pico"  # of the smoke profile
 TABLE_ROWS = 40  # more than a page shows no one reads; the csv has them all
+CLAIMS_NAME = "claims.csv"  # beside the page: its table of claims
 FINDINGS = 8  # more in one list drown the reader: the rest is folded
 READING_ORDER = ("01", "06", "04", "07", "02", "03", "05", "20")  # of the headlines: what it is, what it costs, where it errs, what else
 WIDE = 1_400  # pixels of a figure that is given more than the column of text
@@ -98,7 +99,7 @@ def _build(folder: Path, expected: Sequence[str] | None) -> Path:
     """`build_report`, alone: of two at a time the later one must not write a page of older records."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from dynamoe_lab.analysis.findings.claims import RULE
+    from dynamoe_lab.analysis.findings.claims import FAILS, HOLDS, RULE, UNDECIDED, claims_frame
 
     records = load_records(folder)
     sections, tables = [_section(record, folder) for record in records], ReportTables(folder, records)
@@ -108,6 +109,10 @@ def _build(folder: Path, expected: Sequence[str] | None) -> Path:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     pages.filters |= {"unbroken": _unbroken, "number": number_text, "duration": duration_text, "memory": size_text, "place": place_text}
+    claims = _claims(tables)
+    if claims:
+        frame = claims_frame(claim for _, group in claims for claim in group)
+        write_atomic(folder / CLAIMS_NAME, frame.to_csv(index=False, lineterminator="\n"))
     html = pages.get_template("index.html.j2").render(
         profiles=profiles,
         facts=_facts(sections),
@@ -116,8 +121,9 @@ def _build(folder: Path, expected: Sequence[str] | None) -> Path:
         words=STATUS_WORDS,
         headlines=_headlines(sections),
         settings=_settings(tables),
-        claims=_claims(tables),
+        claims=claims,
         rule=RULE,
+        verdict_classes={HOLDS: "holds", FAILS: "fails", UNDECIDED: "undecided"},
         most=FINDINGS,
         troubled=[section for section in sections if section.status not in ("ok", "running")],
         missing=[(name, f"dynamoe-lab run {name} --profile {profiles[0]}") for name in names if name not in made],
@@ -283,7 +289,8 @@ def _budgets(sections: list[_Section], part: str) -> str:
     for section in sections:
         config = section.record.run.config
         sizes = [_at(config, (part, name)) for name in ("steps", "batch_size", "accumulation")] + [_at(config, ("data", "context"))]
-        if all(isinstance(size, int) for size in sizes) and (part == "train" or "tomoe" in section.name):
+        trains = any(use.function == "train" for use in section.record.results.steps) and (part == "train") != ("tomoe" in section.name)
+        if trains and all(isinstance(size, int) for size in sizes):
             budgets[section.name] = math.prod(sizes)
     if not any(budgets.values()):
         return ""

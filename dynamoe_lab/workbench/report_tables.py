@@ -16,7 +16,7 @@ __all__ = ["ReportTables"]
 class ReportTables(Mapping):
     """`<notebook>/<stem>` -> the csv of that figure or table as a DataFrame, read when it is asked for.
 
-    A file that is gone, or is not the one that was written, counts as not there: KeyError.
+    A file that is gone, or is not the one that was written, counts as not there: KeyError. So do the tables of a run that did not end well.
 
     Args:
         folder: the report folder.
@@ -27,6 +27,7 @@ class ReportTables(Mapping):
         self._places = {
             f"{record.run.name}/{artifact.stem}": (folder / record.run.name / entry.name, entry.sha256)
             for record in records
+            if record.run.status == "ok"
             for artifact in (*record.results.figures, *record.results.tables)
             for entry in artifact.files
             if entry.name.endswith(".csv")

@@ -31,10 +31,10 @@ def settings_table(pareto: pd.DataFrame) -> pd.DataFrame:
         pareto: the table `pareto`, with a row of method "dense".
 
     Returns:
-        method, theta (of a static cut that of the router whose compute it matches), train_tokens, active_mlp_fraction, active_params,
-        params_share (of the dense model's), value, low, high (perplexity over the dense model's), n (documents), accuracy, accuracy_change
-        (minus the dense model's), accuracy_low, accuracy_high, accuracy_n (documents of all tasks), time_ratio, time_low, time_high
-        (prefill, over the dense model's). NaN is what was not measured. Seeds of one setting are one row, see `pareto_points`.
+        method, theta (of a static cut that of the router whose compute it matches), train_tokens, seeds, active_mlp_fraction,
+        active_params, params_share (of the dense model's), value, low, high (perplexity over the dense model's), n (documents), accuracy,
+        accuracy_change (minus the dense model's), accuracy_low, accuracy_high, accuracy_n (documents of all tasks), time_ratio, time_low,
+        time_high (prefill, over the dense model's). NaN is what was not measured. Seeds of one setting are one row, see `pareto_points`.
 
     Raises:
         InputError: a column or the dense row is missing.
@@ -61,7 +61,7 @@ def settings_table(pareto: pd.DataFrame) -> pd.DataFrame:
     if scored.empty:
         rows = rows.assign(**dict.fromkeys(columns, np.nan))
     else:
-        scored = pareto_points(scored)
+        scored = pareto_points(scored).drop_duplicates(list(_KEYS), keep=False)  # cuts without θ that only their widths tell apart
         base = scored.loc[scored["method"] == "dense", "value"].iloc[0]
         scored = scored.rename(columns={"value": "accuracy", "n": "accuracy_n"})
         scored = scored.assign(
@@ -72,7 +72,7 @@ def settings_table(pareto: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(place=rows["method"].map(order).fillna(3)).sort_values(
         ["place", "active_params"], ascending=[True, False], kind="stable"
     )
-    wanted = [*_KEYS, "active_mlp_fraction", "active_params", "params_share", "value", "low", "high", "n", *columns]
+    wanted = [*_KEYS, "seeds", "active_mlp_fraction", "active_params", "params_share", "value", "low", "high", "n", *columns]
     return rows[[*wanted, "time_ratio", "time_low", "time_high"]].reset_index(drop=True)
 
 
@@ -114,12 +114,14 @@ def settings_note(table: pd.DataFrame) -> str:
         else ""
     )
     timed = (
-        " Time: of a prefill, in turn with the dense model, median and 10 to 90 % of the rounds."
+        " Time: of a prefill, in turn with the dense model, median and 10 to 90 % of a few rounds."
         if table["time_ratio"].notna().any()
         else ""
     )
+    seeds = int(table["seeds"].max())
+    spread = f"; of {seeds} seeds the mean, the lowest and the highest end" if seeds > 1 else ", one seed of training"
     return (
-        f"Perplexity over the dense model's on the same {plural(documents, 'held-out document')}, 95 % intervals from resampling documents."
+        f"Perplexity over the dense model's on the same {plural(documents, 'held-out document')}, intervals over documents{spread}."
         f"{scored}{timed} Active parameters: a token's mean, routers and embeddings included. An empty cell was not measured."
     )
 

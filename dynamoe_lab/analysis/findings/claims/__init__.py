@@ -7,14 +7,15 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from dynamoe_lab.analysis.findings.claims import dynamoe, open_questions, tomoe
+from dynamoe_lab.analysis.findings.claims import dynamoe, not_run, open_questions, tomoe
 from dynamoe_lab.analysis.findings.claims.claim import FAILS, HOLDS, UNDECIDED, Claim, Tables, Verdict, by_interval
 from dynamoe_lab.errors import InputError
 
 RULE = (
     "Holds: the 95 % interval of the difference to chance, to the control or to the paper's number lies wholly on the side that is "
-    "claimed; does not hold at this scale: wholly on the other side; else undecided. Where a count or a fixed rule decides, the row says "
-    "so. Intervals are over documents (of times, over rounds): a verdict is of one training, unless the row names seeds."
+    "claimed; does not hold at this scale: wholly on the other side; else undecided. Two values that were not paired are told apart when "
+    "their intervals do not overlap, times when 10 to 90 % of the rounds lie on one side. Where a count or a fixed rule decides, the row "
+    "says so. Intervals are over documents: a verdict is of one training, unless the row names seeds. What was not run is undecided."
 )
 """The rule of all verdicts, as a reader of the table is told it."""
 
@@ -62,7 +63,9 @@ def measured_claims(tables: Tables) -> list[Claim]:
             found.append(measure(tables))
         except UNMEASURED:
             continue
-    return found if any(claim.source for claim in found) else []
+    return (
+        sorted([*found, *not_run.CLAIMS], key=lambda claim: list(ORIGINS).index(claim.origin)) if found else []
+    )  # within a group in order
 
 
 def claims_frame(claims: Iterable[Claim]) -> pd.DataFrame:

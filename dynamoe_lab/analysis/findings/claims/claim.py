@@ -56,8 +56,8 @@ def together(*verdicts: Verdict) -> Verdict:
 def extremes(rows: pd.DataFrame, name: str, *, confidence: float = 0.95) -> tuple[pd.Series, pd.Series, float, float]:
     """The rows with the least and the largest value of `name`, their difference and its half interval.
 
-    The two are picked from all pairs, so the interval is widened by Bonferroni; they are taken as independent samples, which
-    is on the safe side where they come from the same documents.
+    The two are picked from all pairs, so the interval is widened by Bonferroni. Their errors are taken as independent, an approximation
+    where they come from the same documents.
 
     Args:
         rows: `name`, low, high: two or more means with intervals of the level `confidence`.

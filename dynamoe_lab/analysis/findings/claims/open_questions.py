@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from dynamoe_lab.analysis.findings.claims.claim import FAILS, HOLDS, UNDECIDED, Claim, Tables, Verdict, by_interval, ratio, share
+from dynamoe_lab.analysis.findings.claims.claim import FAILS, HOLDS, UNDECIDED, Claim, Tables, Verdict, by_interval, ratio, share, together
 from dynamoe_lab.analysis.frames import compact, percent
 from dynamoe_lab.analysis.metrics.pareto import pareto_points
 from dynamoe_lab.analysis.metrics.timing import row_near, setting_name, told_setting
@@ -12,13 +12,38 @@ from dynamoe_lab.plural import plural
 
 __all__ = ["CLAIMS", "apart"]
 
-SAME_COMPUTE = 0.015  # shares of the MLP that differ by less are called equal
-
 
 def apart(row: pd.Series, other: pd.Series) -> Verdict:
     """Whether a perplexity is lower than another's, by intervals that do not overlap: the two were not paired, so this errs on the safe
     side."""
     return HOLDS if row["high"] < other["low"] else FAILS if row["low"] > other["high"] else UNDECIDED
+
+
+def theta_and_perplexity(tables: Tables) -> Claim:
+    """Perplexity falls with every step of θ: the paper's trade, of accuracy, in the measure that this much text can tell."""
+    source = "06_pareto/theta_steps"
+    table, pareto = tables[source], tables["06_pareto/pareto"]
+    steps = table[table["seed"] == table["seed"].min()].sort_values("theta")
+    routed = pareto_points(pareto[pareto["metric"] == "perplexity_ratio"])
+    routed = routed[(routed["method"] == "router") & (routed["train_tokens"] > 0)].sort_values("theta")
+    text = ", ".join(
+        f"{ratio(row.value, row.low, row.high)} at θ = {row.theta:g} ({compact(row.active_params)} active)" for row in routed.itertuples()
+    )
+    told = ", ".join(f"{ratio(row.ratio, row.low, row.high)} at {row.theta:g} over {row.lower_theta:g}" for row in steps.itertuples())
+    verdicts = [
+        by_interval(row.low, row.high, at=1.0, above=False) if row.active_params > row.lower_active_params else UNDECIDED
+        for row in steps.itertuples()
+    ]
+    return Claim(
+        "Every step of θ trades active parameters for perplexity",
+        "open",
+        "",
+        f"times the dense perplexity: {text}",
+        f"1 would be no gain from a step of θ: {told}",
+        f"{plural(steps['n'].min(), 'document')}, {plural(steps['tokens'].min(), 'token')}",
+        together(*verdicts),
+        source,
+    )
 
 
 def less_time(phase: str) -> Callable[[Tables], Claim]:
@@ -74,30 +99,29 @@ def beats_static(tables: Tables) -> Claim:
 
 def beats_random(tables: Tables) -> Claim:
     """The router's choice of tokens matters: beside experts drawn at random with its own shares."""
-    source = "03_train_router/trained_perplexity"
-    rows = tables[source]
-    return _beside_random("The router's choice beats experts drawn at random at its own shares", rows, source)
+    return _beside_random(tables, "03_train_router/trained_perplexity", "03_train_router/router_over_controls", "The router's choice")
 
 
 def beats_random_tomoe(tables: Tables) -> Claim:
     """The same of ToMoE's router."""
-    source = "12_tomoe/tomoe_perplexity"
-    return _beside_random("ToMoE's choice beats experts drawn at random at its own shares", tables[source], source)
+    return _beside_random(tables, "12_tomoe/tomoe_perplexity", "12_tomoe/tomoe_over_random", "ToMoE's choice")
 
 
-def _beside_random(claim: str, rows: pd.DataFrame, source: str) -> Claim:
+def _beside_random(tables: Tables, source: str, paired: str, who: str) -> Claim:
+    rows, pairs = tables[source], tables[paired]
     drawn = rows[rows["run"].str.contains("random")].iloc[0]
     router = rows[rows["run"].str.contains("router") & ~rows["run"].str.contains("random")].iloc[0]
+    pair = pairs[pairs["run"].str.contains("random")].iloc[0]
     active = f" at {percent(router['active_mlp_fraction'])} of the neurons" if "active_mlp_fraction" in rows else ""
     return Claim(
-        claim,
+        f"{who} beats experts drawn at random at its own shares",
         "open",
         "",
         f"{ratio(router['ratio'], router['low'], router['high'])} times the dense perplexity{active}",
-        f"at random {ratio(drawn['ratio'], drawn['low'], drawn['high'])}",
-        f"{plural(router['n'], 'document')}, {plural(router['tokens'], 'token')}",
-        apart(router, drawn),
-        source,
+        f"at random {ratio(drawn['ratio'], drawn['low'], drawn['high'])}; paired: {ratio(pair['ratio'], pair['low'], pair['high'])}",
+        f"{plural(pair['n'], 'document')}, {plural(pair['tokens'], 'token')}",
+        by_interval(pair["low"], pair["high"], at=1.0, above=False),
+        paired,
     )
 
 
@@ -109,9 +133,16 @@ def other_label(tables: Tables) -> Claim:
     cosine, others = rows[rows["dynamoe.label"] == "cosine"], rows[rows["dynamoe.label"] != "cosine"]
     if cosine.empty or others.empty:
         raise KeyError(source)
+    if len(cosine) > 1:
+        raise KeyError(f"{source}: one row of the cosine")
     base = cosine.iloc[0]
-    fair = others[others["active_mlp_fraction"] <= base["active_mlp_fraction"] + SAME_COMPUTE]
-    found = [apart(row, base) for _, row in fair.iterrows()]
+    better, worse = (
+        [
+            apart(row, base) == verdict and dearer * (row["active_mlp_fraction"] - base["active_mlp_fraction"]) >= 0
+            for _, row in others.iterrows()
+        ]
+        for verdict, dearer in ((HOLDS, -1), (FAILS, 1))
+    )  # no more compute and better; no less compute and worse
     text = "; ".join(
         f"{row['dynamoe.label'].replace('_', ' ')} {ratio(row['value'], row['low'], row['high'])} at {percent(row['active_mlp_fraction'])}"
         for _, row in others.iterrows()
@@ -121,42 +152,42 @@ def other_label(tables: Tables) -> Claim:
         "open",
         "",
         f"times the dense perplexity, share of the neurons: {text}",
-        f"cosine {ratio(base['value'], base['low'], base['high'])} at {percent(base['active_mlp_fraction'])}",
+        f"cosine {ratio(base['value'], base['low'], base['high'])} at {percent(base['active_mlp_fraction'])}; not paired",
         f"{plural(base['n'], 'document')}, {plural(base['train_tokens'], 'training token')}",
-        HOLDS if HOLDS in found else FAILS if len(fair) == len(others) and set(found) == {FAILS} else UNDECIDED,
+        HOLDS if any(better) else FAILS if all(worse) else UNDECIDED,
         source,
     )
 
 
 def head_to_head(tables: Tables) -> Claim:
     """ToMoE beside DynaMoE on the same base model: whose perplexity is lower at no more active parameters?"""
-    source = "06_pareto/pareto"
-    rows = pareto_points(tables[source][tables[source]["metric"] == "perplexity_ratio"])
-    rows = rows[rows["train_tokens"] > 0]
-    tomoe, routed = rows[rows["method"].str.startswith("tomoe")], rows[rows["method"] == "router"]
-    if tomoe.empty or routed.empty:
-        raise KeyError(source)
-    own = tomoe.iloc[0]
-    near = routed.loc[(routed["active_params"] - own["active_params"]).abs().idxmin()]
-    cheaper = routed[routed["active_params"] <= own["active_params"]]  # no more compute than ToMoE, and better: it loses
-    dearer = routed[routed["active_params"] >= own["active_params"]]
-    lost = any(apart(row, own) == HOLDS for _, row in cheaper.iterrows())
-    won = any(apart(own, row) == HOLDS for _, row in dearer.iterrows())
+    source = "06_pareto/tomoe_against_routers"
+    rows = tables[source]
+    if rows["method"].nunique() != 1:
+        raise KeyError(f"{source}: one ToMoE model")
+    rows = rows[rows["seed"] == rows["seed"].min()].sort_values("router_active_params")
+    own = rows.iloc[0]
+    cheaper, dearer = (rows[side * (rows["router_active_params"] - own["active_params"]) >= 0] for side in (-1, 1))
+    lost, won = bool((cheaper["low"] > 1).any()), bool((dearer["high"] < 1).any())
+    text = "; ".join(
+        f"{ratio(row.ratio, row.low, row.high)} times that of θ = {row.theta:g} ({compact(row.router_active_params)})"
+        for row in rows.itertuples()
+    )
     return Claim(
         "ToMoE has a lower perplexity than DynaMoE at no more active parameters",
         "open",
         "",
-        f"ToMoE {own['method'].removeprefix('tomoe ')}: {ratio(own['value'], own['low'], own['high'])} times the dense perplexity with "
-        f"{compact(own['active_params'])} active, after {compact(own['train_tokens'])} tokens with the dense model frozen",
-        f"DynaMoE θ = {near['theta']:g}, the nearest: {ratio(near['value'], near['low'], near['high'])} with "
-        f"{compact(near['active_params'])}, after {compact(near['train_tokens'])} tokens that trained the MLPs, too",
-        plural(own["n"], "document"),
+        f"ToMoE {own['method'].removeprefix('tomoe ')}, {compact(own['active_params'])} active: perplexity {text}",
+        f"other budgets: {int(own['train_tokens']):,} tokens with the dense model frozen, {int(own['router_train_tokens']):,} that train "
+        "the MLPs; lost to a router with no more active, or better than one with no fewer",
+        f"{plural(own['n'], 'document')}, {plural(own['tokens'], 'token')}",
         UNDECIDED if lost == won else HOLDS if won else FAILS,
         source,
     )
 
 
 CLAIMS = (
+    theta_and_perplexity,
     beats_static,
     beats_random,
     less_time("prefill"),

@@ -1,7 +1,5 @@
 """The claims of ToMoE (arXiv 2501.15316), and its paper's signs of failure."""
 
-import re
-
 import pandas as pd
 
 from dynamoe_lab.analysis.findings.claims.claim import FAILS, HOLDS, UNDECIDED, Claim, Tables, by_interval, ratio, together
@@ -19,39 +17,39 @@ WINDOW = 10  # steps of a mean
 def target_reached(tables: Tables) -> Claim:
     """R_P brings the ratio of active weights to the target p."""
     source = "12_tomoe/tomoe_training"
-    p, last = _target(tables), _last(tables[source])
-    steps = last.drop_duplicates("step")
-    reached = last["active_ratio_max"].mean()
-    open_ratio = tables[source].dropna(subset=["open_ratio"])["open_ratio"]
+    p, steps = _params(tables)["p"], tables[source]
+    steps = steps[steps["run"] == steps["run"].iloc[0]].sort_values("step")
+    last = steps.tail(WINDOW)
+    reached, open_ratio = last["active_ratio_max"].mean(), steps["open_ratio"].dropna()
     told = f"; without noise, on average over held-out tokens {percent(open_ratio.iloc[-1], 1)}" if len(open_ratio) else ""
     return Claim(
         f"Training brings the active ratio to its target, p = {p:g}",
         "ToMoE",
         percent(p),
         f"{percent(reached, 1)} by the widest expert and token, as the loss counts{told}",
-        f"target {percent(p)}; called reached within {percent(REACHED)}",
-        f"mean of {plural(len(steps), 'step')}, 1 seed",
+        f"target {percent(p)}; called reached within {100 * REACHED:g} point",
+        f"mean of {plural(len(last), 'step')}, 1 seed",
         HOLDS if abs(reached - p) <= REACHED else FAILS,
         source,
     )
 
 
 def perplexity(tables: Tables) -> Claim:
-    """Table 2: perplexity at p."""
+    """Perplexity at p, of the table of WikiText-2."""
     source = "12_tomoe/tomoe_perplexity"
-    p = _target(tables)
+    whole = _params(tables)
+    p = float(whole["p"])
     if p not in PAPER_RATIO:
         raise KeyError(f"the paper's perplexity at p = {p:g}")
     rows = tables[source]
     row = rows[rows["run"] == "router"].iloc[0]
-    whole = split_layers(tables["12_tomoe/tomoe_params"])[1].iloc[0]
     tokens = int(tables["12_tomoe/tomoe_training"]["tokens"].max())
     return Claim(
         f"With p = {p:g} perplexity is at most {PAPER_RATIO[p]:.2f} times the dense model's",
         "ToMoE",
         f"{PAPER_RATIO[p]:.2f} (Llama-2-7B, WikiText-2)",
         f"{ratio(row['ratio'], row['low'], row['high'])} with {percent(whole['active_mlp_fraction'])} of the MLP neurons active",
-        f"dense: 1; {tokens:,} training tokens, the paper 20 M and more",
+        f"the paper trained on 20 M tokens and more, this on {tokens:,}",
         f"{plural(row['n'], 'document')}, {plural(row['tokens'], 'token')}",
         by_interval(row["low"], row["high"], at=PAPER_RATIO[p], above=False),
         source,
@@ -65,14 +63,14 @@ def no_collapse(tables: Tables) -> Claim:
     most = usage.groupby("layer")["share"].max()
     stuck, experts = int((most >= 0.99).sum()), usage["expert"].nunique()
     return Claim(
-        "The balance term keeps every layer from collapsing to one expert",
+        "No layer collapses to one expert",
         "ToMoE",
-        "no collapse",
+        "all tokens on one expert is its sign of failure",
         f"{stuck} of {len(most)} layers give one expert 99 % of the tokens; the busiest expert of a layer takes {percent(most.mean())} on "
         "average",
-        f"used alike: {percent(1 / experts, 1)}",
+        f"used alike: {percent(1 / experts, 1)}; one layer at 99 % would be a collapse",
         f"{plural(usage.groupby('layer')['tokens'].sum().max(), 'token')} in each layer, 1 seed",
-        HOLDS if not stuck else FAILS if stuck == len(most) else UNDECIDED,
+        FAILS if stuck else HOLDS,
         source,
     )
 
@@ -81,12 +79,12 @@ def union(tables: Tables) -> Claim:
     """Failure sign: union coverage below 80 % with a jump of perplexity."""
     source = "12_tomoe/tomoe_union"
     rows = split_layers(tables[source])[1].set_index("count")
-    none = rows.loc[0, "share"] if 0 in rows.index else 0.0
+    none = rows.loc[0, "share"]
     experts = int(rows.index.max())
     return Claim(
-        "The union term keeps 80 % of the neurons in some expert",
+        "80 % of the neurons and more are in some expert",
         "ToMoE",
-        "below 80 % is a sign of failure",
+        "below 80 %, with a jump of perplexity, is a sign of failure",
         f"{percent(1 - none, 1)} are in some expert, {percent(rows.loc[experts, 'share'], 1)} in all {experts}",
         f"experts of these widths drawn at random: {percent(1 - rows.loc[0, 'chance'], 1)} and {percent(rows.loc[experts, 'chance'], 1)}",
         f"all {int(rows['neurons'].iloc[0]):,} neurons, 1 seed",
@@ -98,16 +96,14 @@ def union(tables: Tables) -> Claim:
 def extra_parameters(tables: Tables) -> Claim:
     """Routers add little."""
     source = "12_tomoe/tomoe_params"
-    whole = split_layers(tables[source])[1].iloc[0]
-    pareto = tables["06_pareto/pareto"]
-    dense = float(pareto.loc[pareto["method"] == "dense", "active_params"].iloc[0])
-    added = whole["router"] / dense
+    whole = _params(tables)
+    added = whole["router"] / whole["dense_params"]
     return Claim(
         f"What chooses experts and masks adds {percent(PAPER_EXTRA, 2)} of parameters",
         "ToMoE",
         f"{percent(PAPER_EXTRA, 2)} (Llama-2-7B)",
         percent(added, 2),
-        "a share of the dense model; routers grow with the width, weights with its square",
+        "of the dense model's parameters; a router grows with the width, weights with its square",
         "a count",
         HOLDS if added <= PAPER_EXTRA else FAILS,
         source,
@@ -121,7 +117,7 @@ def specialisation(tables: Tables) -> Claim:
     texts, controls, verdicts = [], [], []
     for factor, part in rows.groupby("factor", sort=False):
         before, after = (part[part["run"].eq("before training") == first].iloc[0] for first in (True, False))
-        texts.append(f"{factor} {after['association']:.2f} ({after['low']:.2f} to {after['high']:.2f})")
+        texts.append(f"{factor} {after['association']:.2f} ({after['low']:.2f} to {after['high']:.2f}; p {after['p']:.2g} of shuffles)")
         controls.append(
             f"{factor} {before['association']:.2f} ({before['low']:.2f} to {before['high']:.2f}) before training, "
             f"{after['control']:.2f} with labels shuffled"
@@ -129,10 +125,10 @@ def specialisation(tables: Tables) -> Claim:
         verdicts.append(_above(after, before))
     row = rows[rows["run"] != "before training"].iloc[0]
     return Claim(
-        "Training makes experts specialise in domains and in classes of tokens",
-        "ToMoE",
+        "Training makes ToMoE's experts specialise in domains and in classes of tokens",
+        "open",
         "",
-        f"Cramér's V: {'; '.join(texts)}",
+        f"Cramér's V, {'; '.join(texts)}",
         "; ".join(controls),
         f"{plural(row['tokens'], 'token')}, {plural(row['documents'], 'document')}",
         together(*verdicts),
@@ -147,18 +143,9 @@ def _above(after: pd.Series, before: pd.Series) -> str:
     return FAILS if after["high"] < before["low"] else UNDECIDED
 
 
-def _target(tables: Tables) -> float:
-    """p, from the name that the table `pareto` has for the model."""
-    methods = tables["06_pareto/pareto"]["method"]
-    found = [re.fullmatch(r"tomoe p = ([\d.]+)", str(name)) for name in methods.unique()]
-    targets = [float(match.group(1)) for match in found if match]
-    if len(targets) != 1:
-        raise KeyError("06_pareto/pareto: one ToMoE model")
-    return targets[0]
-
-
-def _last(steps: pd.DataFrame) -> pd.DataFrame:
-    return steps[steps["run"] == steps["run"].iloc[0]].sort_values("step").tail(WINDOW)
+def _params(tables: Tables) -> pd.Series:
+    """The row of the whole model: its parameters, p, and how many the dense model has."""
+    return split_layers(tables["12_tomoe/tomoe_params"])[1].iloc[0]
 
 
 CLAIMS = (target_reached, perplexity, extra_parameters, no_collapse, union, specialisation)
