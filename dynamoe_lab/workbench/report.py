@@ -297,7 +297,10 @@ def _budgets(sections: list[_Section], part: str) -> str:
     from dynamoe_lab.analysis.frames import list_names
 
     (usual, _), *_ = Counter(budgets.values()).most_common(1)
-    other = [f"{tokens:,} in {name}" for name, tokens in budgets.items() if tokens != usual]
+    named: dict[int, list[str]] = {}
+    for name, tokens in budgets.items():
+        named.setdefault(tokens, []).append(name)
+    other = [f"{tokens:,} in {list_names(names, 12)}" for tokens, names in named.items() if tokens != usual]
     return f"{usual:,} tokens{f' ({list_names(other, 12)})' if other else ''}"
 
 

@@ -132,5 +132,5 @@ def _name(row: dict) -> str:
         return f"router, θ = {row['theta']:g}"
     if method == "static":
         beside = f", beside θ = {row['theta']:g}" if np.isfinite(row["theta"]) else ", beside ToMoE"
-        return f"static cut: one width for all{beside}"
+        return f"one width for all{beside}"
     return {"dense": "the dense model"}.get(method, f"ToMoE, {method.removeprefix('tomoe ')}")
