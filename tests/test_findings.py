@@ -173,7 +173,7 @@ class TestModel:
         change = pd.DataFrame([{"max_abs": 3.2e-5, "mean_abs": 1e-6, "agreement": 1.0, "tokens": 2048}])
         assert conversion_finding(change) == (
             "At full width the converted model computes the same function as the dense one: over 2,048 tokens no logit changes "
-            "by more than 3.2e-05, and the most likely next token is the same for 100 % of them."
+            "by more than 0.000032, and the most likely next token is the same for 100 % of them."
         )
         assert "differs from the dense one" in conversion_finding(change.assign(max_abs=0.4))
         with pytest.raises(InputError, match="one row is needed, the frame has 2"):

@@ -54,7 +54,7 @@ def measured_claims(tables: Tables) -> list[Claim]:
     Example:
         >>> from dynamoe_lab.analysis.findings.claims import measured_claims
         >>> change = pd.DataFrame([{"max_abs": 1e-4, "logit_scale": 7.0, "agreement": 1.0, "tokens": 1024}])
-        >>> [claim.verdict for claim in measured_claims({"01_convert/logit_change": change})]
+        >>> [claim.verdict for claim in measured_claims({"01_convert/logit_change": change}) if claim.source]
         ['holds']
     """
     found = []
