@@ -238,8 +238,9 @@ def _dense(ax: Axes, level: float) -> None:
     ax.axhline(level, **DENSE, zorder=1)
     ax.axvline(1.0, **(DENSE | {"linewidth": 0.6, "alpha": 0.5}), zorder=1)
     ax.plot([1.0], [level], method_marker("dense"), color=DENSE["color"], markersize=9, zorder=4)
-    place = {"xytext": (-7, -3), "textcoords": "offset points", "ha": "right", "va": "top"}
-    ax.annotate("dense model", (1.0, level), fontsize=6.5, color=DENSE["color"], **place)
+    # at the left end, for near the star are the dearest settings and their names
+    place = {"xycoords": ("axes fraction", "data"), "xytext": (3, -3), "textcoords": "offset points", "ha": "left", "va": "top"}
+    ax.annotate("dense model", (0.0, level), fontsize=6.5, color=DENSE["color"], **place)
 
 
 def _front(points: pd.DataFrame, level: float, metric: str) -> tuple[np.ndarray, np.ndarray]:
