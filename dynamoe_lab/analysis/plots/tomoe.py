@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dynamoe_lab.analysis.frames import ALL, compact, one_run, percent, require, split_layers, whole_numbers
@@ -330,7 +331,8 @@ def _levels(
             "textcoords": "offset points",
         }
         at, side = (0, "left") if value == left else (1, "right")
-        ax.annotate(name, (at, value), ha=side, va="top" if under else "bottom", fontsize=6.5, color=look["color"], **place)
+        note = ax.annotate(name, (at, value), ha=side, va="top" if under else "bottom", fontsize=6.5, color=look["color"], **place)
+        note.set_path_effects([withStroke(linewidth=2, foreground="white")])  # curves may cross it
     low, high = ax.dataLim.intervaly
     low = min(low, high - least)
     ax.set_ylim(low - (0.06 if below is None else 0.11) * (high - low), high + 0.11 * (high - low))
