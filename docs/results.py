@@ -76,18 +76,19 @@ def setup(records: list[Record], tables: ReportTables) -> str:
 def figures(settings: list[dict], rows: list[list[str]], by_source: dict[str, Claim], claims: list[Claim]) -> list[str]:
     """Four figures with a sentence each."""
     router = next(n for n, row in enumerate(settings) if row["method"] == "router" and row["theta"] == 0.9)
-    _, _, neurons, params, perplexity, *_ = rows[router]
+    _, perplexity, _, _, neurons, params, _ = rows[router]
     static = by_source["06_pareto/static_comparison"]
     learns, errors = (next(claim for claim in claims if claim.claim.startswith(start)) for start in ("A small router", "Router errors"))
     layers, collapse = by_source["05_expert_usage/active_by_layer"], by_source["07_collapse/collapse"]
-    pays = {HOLDS: "choosing by token pays", FAILS: "choosing by token does not pay here"}
+    pays = {HOLDS: "choosing by token pays", FAILS: "choosing by token does not pay"}
     differs = {HOLDS: "differs by layer"}.get(layers.verdict, "is not shown to differ by layer")
     more = {HOLDS: "more often than chance", FAILS: "less often than chance"}
     fell = {HOLDS: "every layer collapses", FAILS: "not every layer collapses"}
+    collapsed = fell.get(collapse.verdict, "in some seeds only every layer collapses")
     return [
         "![Perplexity and accuracy against active parameters, every θ beside its controls](reports/small/06_pareto/pareto.png)",
         f"**The frontier.** At θ = 0.9 a token runs {neurons} of the MLP neurons, {params} parameters, at {perplexity} times the dense "
-        "perplexity. Beside a static cut with as many active parameters, trained alike, "
+        "perplexity. Beside a static cut with as many active parameters, trained alike (at this θ only), "
         f"{pays.get(static.verdict, 'it is not decided whether choosing by token pays')}: {static.measured} ({static.n}).",
         "![Router confusion matrix](reports/small/04_router_confusion/router_confusion.png)",
         f"**The router** is {learns.measured} ({learns.control}). Its errors fall on neighbouring experts "
@@ -95,8 +96,8 @@ def figures(settings: list[dict], rows: list[list[str]], by_source: dict[str, Cl
         "![Expert usage by layer](reports/small/05_expert_usage/expert_usage.png)",
         f"**Who does the work** {differs}: {layers.measured} ({layers.n}).",
         "![Expert usage with and without supervision of the routers](reports/small/07_collapse/collapse.png)",
-        f"**Without supervision** (λ_router = 0) {fell.get(collapse.verdict, 'in some seeds only every layer collapses')} to one expert: "
-        f"{collapse.measured}; {collapse.control} ({collapse.n}).",
+        f"**Without supervision** (λ_router = 0), early in training, {collapsed} to one expert: {collapse.measured}; {collapse.control} "
+        f"({collapse.n}).",
     ]
 
 

@@ -23,6 +23,9 @@ def chance_frame(**change) -> pd.DataFrame:
     return pd.DataFrame([row | {"layer": 0}, row | change])
 
 
+CONFUSION = pd.DataFrame({"label": [0, 0, 1, 1], "expert": [0, 1, 0, 1], "tokens": [90, 10, 80, 20]})
+
+
 def shares(values: dict, *, error: float = 0.01, **columns) -> pd.DataFrame:
     """Mean active shares, one a name, and the row of all."""
     rows = [{"layer": name, "active_fraction": value} for name, value in values.items()]
@@ -103,9 +106,12 @@ class TestDynaMoE:
         ],
     )
     def test_the_router_is_held_against_the_stronger_of_two(self, change, expected):
-        claim = of_dynamoe.router_learns({"04_router_confusion/router_chance": chance_frame(**change)})
+        claim = of_dynamoe.router_learns(
+            {"04_router_confusion/router_chance": chance_frame(**change), "04_router_confusion/router_confusion": CONFUSION}
+        )
         assert claim.verdict == expected
         assert "77.0 % (76.0 to 78.0)" in claim.measured
+        assert claim.measured.endswith("of those that need the largest expert 20.0 %")
         assert "67.0 %: +10.0 points (+9.0 to +11.0)" in claim.control
 
     def test_neighbours_are_beside_chance(self):
@@ -307,7 +313,7 @@ class TestToMoE:
 class TestAll:
     def test_what_is_not_there_is_left_out(self):
         assert measured_claims({}) == []
-        claims = measured_claims({"04_router_confusion/router_chance": chance_frame()})
+        claims = measured_claims({"04_router_confusion/router_chance": chance_frame(), "04_router_confusion/router_confusion": CONFUSION})
         assert {claim.source for claim in claims} == {"04_router_confusion/router_chance", ""}
         assert {claim.verdict for claim in claims if not claim.source} == {UNDECIDED}
         assert [claim.origin for claim in claims] == sorted((claim.origin for claim in claims), key=["DynaMoE", "open", "ToMoE"].index)
@@ -318,7 +324,12 @@ class TestAll:
     def test_a_table_that_is_none_is_left_out(self, broken):
         """A report may come from elsewhere."""
         good = pd.DataFrame([{"max_abs": 1e-4, "logit_scale": 7.0, "agreement": 1.0, "tokens": 1024}])
-        tables = {"04_router_confusion/router_chance": broken, "07_collapse/collapse": broken, "06_pareto/pareto": broken}
+        tables = {
+            "04_router_confusion/router_confusion": CONFUSION,
+            "04_router_confusion/router_chance": broken,
+            "07_collapse/collapse": broken,
+            "06_pareto/pareto": broken,
+        }
         claims = measured_claims({**tables, "01_convert/logit_change": good})
         kept = {claim.claim for claim in claims if claim.source == "04_router_confusion/router_chance"}
         assert kept == ({"A small router learns which expert a token needs"} if "accuracy" in broken else set())
@@ -354,9 +365,9 @@ class TestSettings:
         assert {len(row) for row in rows} == {len(SETTINGS_HEADER)}
         name, *values = rows[1]
         assert name == "router, θ = 0.9"
-        assert values[0] == "100,000"
-        assert values[2:5] == ["113 M (84 %)", "1.37 (1.28 to 1.46)", "-4.0 points (-6.0 to -2.0)"]
-        assert rows[2][-2:] == ["", ""]  # neither scored nor timed
+        assert values[:2] == ["1.37 (1.28 to 1.46)", "-4.0 points (-6.0 to -2.0)"]
+        assert values[3:] == ["67 %", "113 M (84 %)", "100,000"]
+        assert rows[2][2:4] == ["", ""]  # neither scored nor timed
         assert rows[-1][0] == "ToMoE, p = 0.7"
         assert "25 held-out documents" in settings_note(table)
         assert "1,400 documents" in settings_note(table)

@@ -139,7 +139,7 @@ def test_every_claim_is_measured(tables):
     claims = measured_claims(tables)
     assert len({claim.claim for claim in claims}) == len(claims)
     measured = [claim for claim in claims if claim.source]
-    assert len(measured) == len(dynamoe.CLAIMS) + len(open_questions.CLAIMS) + len(tomoe.CLAIMS) == 23
+    assert len(measured) == len(dynamoe.CLAIMS) + len(open_questions.CLAIMS) + len(tomoe.CLAIMS) == 24
     assert all(claim.n and claim.control for claim in measured)
     assert {claim.verdict for claim in claims} <= SENTENCES
     assert not [claim.claim for claim in claims if "nan" in f"{claim.measured} {claim.control} {claim.n}"]

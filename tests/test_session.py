@@ -87,6 +87,33 @@ def test_a_run_writes_files_and_a_record(project, frame, capsys):
     assert os.path.expanduser("~") + "/" not in text
 
 
+def test_a_picture_keeps_the_colours_of_its_marks():
+    """256 colours: what is filled keeps its own or nearly so, whatever else there is; edges and colour bars come close."""
+    import io
+
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from PIL import Image
+
+    from dynamoe_lab.workbench.drawn import figure_files
+
+    figure, ax = plt.subplots()
+    ax.imshow(np.linspace(0, 1, 4096).reshape(64, 64), cmap="viridis", extent=(0, 1, 0, 1))
+    for place, color in enumerate(("#cc79a7", "#0072b2", "#009e73")):
+        ax.plot([0.2 + 0.3 * place], [0.5], "o", markersize=12, color=color)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    before = np.asarray(Image.open(buffer).convert("RGB")).astype(int)
+    png = figure_files(ax, "x")["x.png"]
+    after = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+    assert len(png) < 0.6 * len(buffer.getvalue())
+    for color in ((204, 121, 167), (0, 114, 178), (0, 158, 115), (255, 255, 255)):
+        filled = (before == color).all(axis=-1)
+        assert filled.sum() > 100
+        assert np.abs(after[filled] - color).max() <= 6
+    assert np.abs(after - before).mean() < 2
+
+
 def test_the_same_figure_gives_the_same_bytes(project, frame):
     contents = []
     for name in ("a", "b"):

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["figure_files", "frame_csv"]
 
+_EXACT = 48  # colours of a picture that its palette keeps as they are
+_FILLED, _CLOSE = 60, 24  # pixels of one colour from which on it is no mere edge; levels of a channel by which such a colour may move
 CSV_LIMIT = 1_000_000  # bytes; a figure's frame is what it draws, not what it was computed from
 _SVG = {"svg.fonttype": "none", "svg.hashsalt": "dynamoe-lab"}  # text stays text; the same figure gives the same bytes
 
@@ -28,11 +30,32 @@ def figure_files(ax: Any, stem: str) -> dict[str, bytes]:
 
 
 def _with_palette(png: io.BytesIO) -> bytes:
-    """The picture in 256 colours of its own: a third of the bytes, in every page that shows it, and no difference to be seen."""
+    """The picture in 256 colours, a third of the bytes: its commonest ones as they are, shades at edges and in colour bars by median cut.
+
+    Marks and lines keep their colours: where the palette would move one of those, the picture stays as it is.
+    """
+    import numpy as np
     from PIL import Image  # matplotlib writes its png with it
 
+    pixels = np.asarray(Image.open(png).convert("RGB")).astype(np.uint32)
+    packed = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
+    codes, place, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    colors = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1)  # [n, 3]
+    order = np.argsort(-counts, kind="stable")
+    palette = colors[order[: 256 if len(codes) <= 256 else _EXACT]]
+    if len(codes) > 256:
+        rest = Image.fromarray(colors[order[_EXACT:]].astype(np.uint8)[None])
+        shades = rest.quantize(256 - _EXACT, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).getpalette()
+        palette = np.concatenate([palette, np.reshape(shades, (-1, 3))[: 256 - _EXACT]])
+    parts = np.array_split(colors.astype(np.float32), len(colors) // 4096 + 1)  # [n, 256, 3] at once would be large
+    nearest = np.concatenate([((part[:, None] - palette[None]) ** 2).sum(axis=-1).argmin(axis=-1) for part in parts])
+    moved = np.abs(palette[nearest].astype(np.int64) - colors).max(axis=-1)
+    if (moved[counts >= _FILLED] > _CLOSE).any():  # too many colours for a palette
+        return png.getvalue()
+    picture = Image.fromarray(nearest.astype(np.uint8)[place].reshape(packed.shape))
+    picture.putpalette(palette.astype(np.uint8).ravel().tolist())
     small = io.BytesIO()
-    Image.open(png).convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, "PNG")
+    picture.save(small, "PNG")
     return small.getvalue()
 
 

@@ -261,11 +261,11 @@ def _facts(sections: list[_Section]) -> list[tuple[str, str]]:
         ("Model", ("model",)),
         ("Expert sizes", ("dynamoe", "experts")),
         ("Label", ("dynamoe", "label")),
-        ("θ", ("dynamoe", "theta")),
+        ("θ, unless named", ("dynamoe", "theta")),
         ("λ LM, λ router", ("dynamoe", "lambda_lm"), ("dynamoe", "lambda_router")),
         ("Held-out tokens", ("data", "heldout_tokens")),
         ("Text", ("data", "train")),
-        ("Context", ("data", "context")),
+        ("Context, tokens", ("data", "context")),
         ("Seed", ("seed",)),
     )
     facts = []

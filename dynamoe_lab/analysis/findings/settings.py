@@ -13,12 +13,12 @@ __all__ = ["SETTINGS_HEADER", "settings_note", "settings_rows", "settings_table"
 
 SETTINGS_HEADER = [
     "model",
-    "training tokens",
+    "perplexity, times dense",
+    "accuracy, minus dense",
+    "prefill time, of dense",
     "MLP neurons that run",
     "active parameters",
-    "perplexity / dense",
-    "accuracy - dense",
-    "prefill time / dense",
+    "training tokens",
 ]
 
 _KEYS = ("method", "theta", "train_tokens")
@@ -84,7 +84,7 @@ def settings_rows(table: pd.DataFrame) -> list[list[str]]:
         >>> row = {"method": "router", "theta": 0.9, "train_tokens": 102_400, "active_mlp_fraction": 0.67, "active_params": 113e6}
         >>> row |= {"params_share": 0.84, "value": 1.5, "low": 1.34, "high": 1.64, "n": 25, "accuracy_change": np.nan}
         >>> settings_rows(pd.DataFrame([row | {"time_ratio": 0.9, "time_low": 0.88, "time_high": 0.93}]))
-        [['router, θ = 0.9', '102,400', '67 %', '113 M (84 %)', '1.50 (1.34 to 1.64)', '', '90.0 % (88.0 to 93.0)']]
+        [['router, θ = 0.9', '1.50 (1.34 to 1.64)', '', '90.0 % (88.0 to 93.0)', '67 %', '113 M (84 %)', '102,400']]
     """
     rows = []
     for row in table.to_dict("records"):
@@ -93,12 +93,12 @@ def settings_rows(table: pd.DataFrame) -> list[list[str]]:
         rows.append(
             [
                 _name(row),
-                "" if dense else f"{int(row['train_tokens']):,}",
-                percent(row["active_mlp_fraction"]),
-                f"{compact(row['active_params'])} ({percent(row['params_share'])})",
                 "1" if dense else ratio(row["value"], row["low"], row["high"]),
                 points(row["accuracy_change"], row["accuracy_low"], row["accuracy_high"]) if scored else "",
                 share(row["time_ratio"], row["time_low"], row["time_high"]) if timed else "100 %" if dense else "",
+                percent(row["active_mlp_fraction"]),
+                f"{compact(row['active_params'])} ({percent(row['params_share'])})",
+                "" if dense else f"{int(row['train_tokens']):,}",
             ]
         )
     return rows
@@ -114,7 +114,7 @@ def settings_note(table: pd.DataFrame) -> str:
         else ""
     )
     timed = (
-        " Time: of a prefill, in turn with the dense model, median and 10 to 90 % of a few rounds."
+        " Time: of a prefill of a few held-out blocks, measured in turn with the dense model, median and 10 to 90 % of a few rounds."
         if table["time_ratio"].notna().any()
         else ""
     )
@@ -132,5 +132,5 @@ def _name(row: dict) -> str:
         return f"router, θ = {row['theta']:g}"
     if method == "static":
         beside = f", beside θ = {row['theta']:g}" if np.isfinite(row["theta"]) else ", beside ToMoE"
-        return f"one width for all{beside}"
+        return f"static cut (one width for all){beside}"
     return {"dense": "the dense model"}.get(method, f"ToMoE, {method.removeprefix('tomoe ')}")

@@ -62,7 +62,8 @@ def router_learns(tables: Tables) -> Claim:
         "A small router learns which expert a token needs",
         "DynaMoE",
         "",
-        f"right for {share(row['accuracy'], row['accuracy_low'], row['accuracy_high'])} of the choices",
+        f"right for {share(row['accuracy'], row['accuracy_low'], row['accuracy_high'])} of the choices; of those that need the largest "
+        f"expert {percent(_recall(tables), 1)}",
         control,
         _sample(row),
         by_interval(min(low for low, _ in ends), min(high for _, high in ends)),
@@ -73,13 +74,14 @@ def router_learns(tables: Tables) -> Claim:
 def neighbours(tables: Tables) -> Claim:
     """Router errors fall on neighbouring classes, beyond what the marginals alone would give."""
     source = "04_router_confusion/router_chance"
-    row = _pooled(tables[source])
+    row, layers = _pooled(tables[source]), split_layers(tables[source])[0]
+    above, below = int((layers["neighbour_minus_chance_low"] > 0).sum()), int((layers["neighbour_minus_chance_high"] < 0).sum())
     found, difference = ([row[f"{name}{end}"] for end in ("", "_low", "_high")] for name in ("neighbour_share", "neighbour_minus_chance"))
     return Claim(
         "Router errors fall on neighbouring experts",
         "DynaMoE",
         "",
-        f"{share(*found)} of the errors miss by one expert",
+        f"{share(*found)} of the errors miss by one expert; layer by layer above chance in {above}, below it in {below} of {len(layers)}",
         f"{percent(row['neighbour_chance'], 1)} by chance (same marginals): {points(*difference)}",
         f"{plural(row['errors'], 'error')}, {plural(row['documents'], 'document')}",
         by_interval(*difference[1:]),
@@ -227,6 +229,14 @@ CLAIMS = (
 
 
 # --- rows --------------------------------------------------------------------------------------------------------------------------
+
+
+def _recall(tables: Tables) -> float:
+    """Share of the choices whose label is the largest expert that get it."""
+    counts = tables["04_router_confusion/router_confusion"]
+    largest = counts["label"].max()
+    asked = counts[counts["label"] == largest]
+    return float(asked.loc[asked["expert"] == largest, "tokens"].sum() / asked["tokens"].sum())
 
 
 def _pooled(frame: pd.DataFrame) -> pd.Series:

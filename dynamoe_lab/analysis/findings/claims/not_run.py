@@ -6,7 +6,7 @@ __all__ = ["CLAIMS"]
 
 
 def _claim(claim: str, origin: str, paper: str, why: str) -> Claim:
-    return Claim(claim, origin, paper, f"not measured here: {why}", "", "", UNDECIDED)
+    return Claim(claim, origin, paper, f"not measured here: {why}", "", "not run", UNDECIDED)
 
 
 CLAIMS = (
