@@ -106,12 +106,15 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> tuple[str, bool]:
-    """Commit of the checkout that `folder` is the top of, and whether tracked files differ from it; `("", False)` outside of git."""
+    """Commit of the checkout that `folder` is the top of, and whether tracked files differ from it; `("", False)` outside of git.
+
+    Reports do not count: a run writes the committed one itself.
+    """
     if not (folder / ".git").exists():
         return "", False
     try:
         commit = _git(folder, "rev-parse", "HEAD")
-        return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+        return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports"))
     except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or a folder of someone else
         return "", False
 
